@@ -1,0 +1,84 @@
+"""Attention behind one signature, and the choice of the kernel that computes it.
+
+An `AttentionFn` maps queries [B, heads, queries, d], keys and values [B, heads, keys, d] to [B, heads, queries, d]:
+softmax(q k^T / sqrt(d)) v, no mask. The choice is made once, when a model is built. This is the only importer of
+flash-attn, which is optional.
+"""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from longlive.errors import InputError
+
+AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's own choice of kernel; runs everywhere and is the reference for the others."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch SDPA with the cuDNN kernel first: the fastest on Hopper without extra packages."""
+    with sdpa_kernel(CUDNN_FIRST, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def flash2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The flash-attn 2 package; half precision on CUDA only."""
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+def flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The flash-attn 3 package (`flash_attn_interface`); half precision on Hopper only."""
+    from flash_attn_interface import flash_attn_func
+
+    out = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    out = out[0] if isinstance(out, tuple) else out  # early releases also return the log-sum-exp
+    return out.transpose(1, 2)
+
+
+BACKENDS: dict[str, AttentionFn] = {"sdpa": sdpa, "cudnn": cudnn, "flash2": flash2, "flash3": flash3}
+
+
+def _available(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+    if name == "sdpa":
+        return True
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    return {
+        "cudnn": torch.backends.cudnn.is_available(),
+        "flash2": find_spec("flash_attn") is not None,
+        "flash3": hopper and find_spec("flash_attn_interface") is not None,
+    }[name]
+
+
+def select_attention(name: str, device: torch.device, dtype: torch.dtype) -> AttentionFn:
+    """The kernel called `name`, or for "auto" the best one present: flash3, cudnn on Hopper or newer, flash2, sdpa.
+
+    Raises InputError where the named kernel does not exist or cannot run on this device and type.
+    """
+    if name == "auto":
+        newer = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+        order = ["flash3", *(["cudnn"] if newer else []), "flash2", "sdpa"]
+        return BACKENDS[next(found for found in order if _available(found, device, dtype))]
+    if name not in BACKENDS:
+        raise InputError(f"attention={name}: unknown; accepted are auto, {', '.join(BACKENDS)}")
+    if not _available(name, device, dtype):
+        raise InputError(f"attention={name}: not available here with {dtype} on {device}; use attention=auto")
+    return BACKENDS[name]

@@ -1,0 +1,191 @@
+"""Keys and values of past frames: a fixed sink and a ring, written in place.
+
+A pass over frames [start, end) sees the first `sink` frames and the newest `window - sink` frames, its own included
+(LongLive, arXiv 2509.22622, short window + frame sink). Attention without a mask does not care about the order of
+keys, so nothing is ever rolled, cloned or concatenated. Frame n lives in
+
+    slot n                                 n <  sink
+    slot sink + (n - sink) mod ring        n >= sink,   ring = capacity - sink
+
+and while capacity == window the visible frames are simply the first min(end, window) slots. Which tokens a pass writes
+and sees follows from `start` and `end` alone: Python integers, planned once per pass, no host synchronisation.
+
+Positions. Keys are stored rotated at their absolute frame index. With `relative` (unlimited length, Infinity-RoPE,
+arXiv 2511.20649) the cache is positioned by slot order: sink at 0..sink-1, then the ring. Only differences of
+positions matter, so the ring stays as it is and the sink alone moves along, by `end - window`; its unrotated keys are
+kept for that.
+
+Shapes: B batch, H heads, D head_dim; one latent frame is `frame_tokens` tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from longlive.models.rope import apply_rope
+
+SinkWrite = Literal["fill", "keep", "rewrite"]
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Geometry of the visible context, in latent frames.
+
+    window_frames: how many frames a pass sees, its own included; -1 means all. sink_frames: how many of them are the
+    first frames of the video. relative: positions within the window instead of within the video.
+    published_sink_fill: for sinks longer than a block, what the published code does: frames of later blocks enter the
+    sink by the first, noisy pass only, and empty sink slots are attended as zeros.
+    """
+
+    window_frames: int = 12
+    sink_frames: int = 3
+    relative: bool = False
+    published_sink_fill: bool = False
+
+    def __post_init__(self) -> None:
+        if self.sink_frames < 0:
+            raise ValueError(f"sink_frames={self.sink_frames}: must not be negative")
+        if self.window_frames != -1 and self.window_frames <= self.sink_frames:
+            raise ValueError(f"window_frames={self.window_frames}: must exceed sink_frames={self.sink_frames}, or be -1")
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What one pass writes and sees.
+
+    frames: [F] positions of the pass's frames; slots: [tokens] where its tokens go, after the first `num_skipped`
+    tokens, which are not stored; num_sink_tokens: how many of those stored belong to the sink (they come first);
+    visible: the tokens seen, as the length of a prefix or as indices; sink_shift: by how much the sink is moved.
+    """
+
+    frames: Tensor
+    slots: Tensor
+    num_skipped: int
+    num_sink_tokens: int
+    visible: int | Tensor
+    sink_shift: int
+
+
+class KVCache:
+    """The cache of one generator and one batch of videos. `plan` a pass, hand cache and plan to the model."""
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        *,
+        num_layers: int,
+        batch_size: int,
+        num_heads: int,
+        head_dim: int,
+        frame_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        capacity_frames: int | None = None,
+    ) -> None:
+        """capacity_frames: frames held; by default the window. With an unlimited window the cache grows as needed."""
+        window = config.window_frames
+        capacity = capacity_frames or (window if window != -1 else config.sink_frames + 1)
+        assert window == -1 or capacity >= window, f"capacity {capacity} cannot hold a window of {window} frames"
+        self.config = config
+        self.frame_tokens = frame_tokens
+        self.capacity_frames = capacity
+        self.sink_shift = 0
+        shape = (batch_size, num_heads, capacity * frame_tokens, head_dim)
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        sink_tokens = config.sink_frames * frame_tokens if config.relative else 0
+        self.sink_k = [k[:, :, :sink_tokens].clone() for k in self.k]
+
+    def plan(self, start_frame: int, num_frames: int, sink: SinkWrite = "fill") -> CachePlan:
+        """Plan a pass over frames [start_frame, start_frame + num_frames).
+
+        sink: "fill" stores the video's first frames as the sink; "keep" leaves the sink untouched; "rewrite" makes the
+        first frames of this pass the new sink.
+        """
+        num_sink, end = self.config.sink_frames, start_frame + num_frames
+        if self.config.window_frames == -1:
+            self._reserve(end)
+        first = min(max(start_frame, num_sink), end) if sink == "keep" else start_frame
+        num_sink_written = num_sink if sink == "rewrite" else max(0, min(num_sink, end) - first)
+        frames = torch.arange(start_frame, end, device=self.k[0].device)
+        slots = self._slots(frames[first - start_frame :])
+        if sink == "rewrite":
+            slots[:num_sink] = torch.arange(num_sink, device=slots.device)
+        return CachePlan(
+            frames=frames,
+            slots=self._tokens(slots),
+            num_skipped=(first - start_frame) * self.frame_tokens,
+            num_sink_tokens=num_sink_written * self.frame_tokens,
+            visible=self._visible(end),
+            sink_shift=self._sink_shift(end),
+        )
+
+    def plan_block(self, start_frame: int, num_frames: int) -> tuple[CachePlan, CachePlan]:
+        """Plans for the first and for the later passes over one block; they differ in `published_sink_fill` only."""
+        first = self.plan(start_frame, num_frames)
+        if not self.config.published_sink_fill or start_frame == 0:
+            return first, first
+        return first, self.plan(start_frame, num_frames, sink="keep")
+
+    def update(self, layer: int, raw_k: Tensor, k: Tensor, v: Tensor, plan: CachePlan) -> tuple[Tensor, Tensor]:
+        """Store a pass's keys (unrotated and rotated) and values [B, H, tokens, D]; return all it sees, [B, H, keys, D]."""
+        cached_k, cached_v = self.k[layer], self.v[layer]
+        cached_k.index_copy_(2, plan.slots, k[:, :, plan.num_skipped :])
+        cached_v.index_copy_(2, plan.slots, v[:, :, plan.num_skipped :])
+        if self.config.relative and plan.num_sink_tokens:
+            stored = slice(plan.num_skipped, plan.num_skipped + plan.num_sink_tokens)
+            self.sink_k[layer].index_copy_(2, plan.slots[: plan.num_sink_tokens], raw_k[:, :, stored])
+        if isinstance(plan.visible, int):
+            return cached_k[:, :, : plan.visible], cached_v[:, :, : plan.visible]
+        return cached_k.index_select(2, plan.visible), cached_v.index_select(2, plan.visible)
+
+    def move_sink(self, table: Tensor, plan: CachePlan) -> None:
+        """Rotate the sink's keys of every layer to the positions of `plan`; table: RoPE of positions shift..shift+sink."""
+        for cached_k, sink_k in zip(self.k, self.sink_k, strict=True):
+            cached_k[:, :, : sink_k.shape[2]] = apply_rope(sink_k, table)
+        self.sink_shift = plan.sink_shift
+
+    def zero_(self) -> None:
+        """Forget everything: all keys and values become zero."""
+        for tensor in [*self.k, *self.v, *self.sink_k]:
+            tensor.zero_()
+        self.sink_shift = 0
+
+    def _reserve(self, num_frames: int) -> None:
+        """Grow to hold `num_frames` frames (unlimited window), at least doubling."""
+        if num_frames <= self.capacity_frames:
+            return
+        self.capacity_frames = max(num_frames, 2 * self.capacity_frames)
+        for tensors in (self.k, self.v):
+            for layer, old in enumerate(tensors):
+                batch, heads, tokens, dim = old.shape
+                tensors[layer] = old.new_zeros(batch, heads, self.capacity_frames * self.frame_tokens, dim)
+                tensors[layer][:, :, :tokens] = old
+
+    def _slots(self, frames: Tensor) -> Tensor:
+        """Slot of each frame."""
+        num_sink = self.config.sink_frames
+        ring = num_sink + (frames - num_sink) % (self.capacity_frames - num_sink)
+        return torch.where(frames < num_sink, frames, ring)
+
+    def _tokens(self, slots: Tensor) -> Tensor:
+        """Token indices of the given slots, in order."""
+        offsets = torch.arange(self.frame_tokens, device=slots.device)
+        return (slots[:, None] * self.frame_tokens + offsets).flatten()
+
+    def _visible(self, end: int) -> int | Tensor:
+        """Tokens seen by a pass that ends before frame `end`: a prefix of the slots unless the ring outgrows the window."""
+        window, num_sink = self.config.window_frames, self.config.sink_frames
+        sink_seen = num_sink if self.config.published_sink_fill else min(num_sink, end)
+        if window == -1 or window == self.capacity_frames:
+            return max(end if window == -1 else min(end, window), sink_seen) * self.frame_tokens
+        device = self.k[0].device
+        newest = torch.arange(max(num_sink, end - (window - num_sink)), max(num_sink, end), device=device)
+        return self._tokens(torch.cat([torch.arange(sink_seen, device=device), self._slots(newest)]))
+
+    def _sink_shift(self, end: int) -> int:
+        """How far the sink's positions lie ahead of its frames' own."""
+        window = self.config.window_frames
+        return max(0, end - window) if self.config.relative and window != -1 else 0
