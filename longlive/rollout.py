@@ -4,9 +4,10 @@ Self-Forcing (arXiv 2506.08009) and LongLive (arXiv 2509.22622). This is the onl
 block by block and training builds on the same functions. Latents are [B, F, C, height, width], float32.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -122,7 +123,7 @@ def recache_frames(config: CacheConfig, policy: SwitchPolicy) -> int:
 class Rollout:
     """The state of one batch of videos being generated: cache, prompt, newest frames, position.
 
-    Prompts may change before any block. Copies (`copy.deepcopy` of `state`) can be put back to go on from there.
+    Prompts may change before any block; `state` and `load_state` go back to an earlier moment.
     """
 
     def __init__(
@@ -163,6 +164,20 @@ class Rollout:
             timesteps = constant_timesteps(block, self.sampler.config.context_timestep)
             self.model.remember(block, timesteps, self.text, cache=self.cache, plan=plan)
             self._append(block)
+
+    def state(self) -> dict[str, Any]:
+        """A copy of all that changes, for `load_state`."""
+        return {
+            "cache": copy.deepcopy(self.cache),
+            "text": self.text,
+            "recent": self.recent,
+            "num_frames": self.num_frames,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go back to a copy made by `state`, which stays usable."""
+        self.cache = copy.deepcopy(state["cache"])
+        self.text, self.recent, self.num_frames = state["text"], state["recent"], state["num_frames"]
 
     def _append(self, latents: Tensor) -> None:
         self.num_frames += latents.shape[1]

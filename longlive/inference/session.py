@@ -1,0 +1,173 @@
+"""One batch of videos being made, block by block, with prompts that may change at every block boundary.
+
+`Session` is what the scripts and a server drive: no files, no threads, no clock. It joins the text encoder, the
+rollout and the streaming decoder, and owns the noise. A chunk is what one block yields.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longlive.errors import InputError
+from longlive.models.dit import WanDiT
+from longlive.models.kv_cache import CacheConfig
+from longlive.models.vae import StreamCache, WanVAE
+from longlive.rollout import Rollout, Sampler, SamplerConfig, SwitchPolicy
+
+EncodePrompts = Callable[[Sequence[str]], Tensor]
+"""Prompt embeddings [B, L, text_dim] of B prompts."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """What a session needs; several sessions may share them."""
+
+    generator: WanDiT
+    vae: WanVAE
+    encode_prompts: EncodePrompts
+
+    @property
+    def device(self) -> torch.device:
+        return self.generator.patch_embedding.weight.device
+
+
+@dataclass(frozen=True)
+class SessionConfig:
+    """height, width: pixels. switch_policy: what becomes of the sink at a prompt switch."""
+
+    height: int
+    width: int
+    sampler: SamplerConfig = SamplerConfig()
+    cache: CacheConfig = CacheConfig()
+    switch_policy: SwitchPolicy = "keep"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one block yields, for B videos.
+
+    start_frame: latent frame at which it starts; latents [B, F, C, h, w] float32; pixels [B, V, height, width, 3] uint8,
+    V video frames (1 for the first latent of a video, 4 for every other). All on the models' device; nothing waits.
+    """
+
+    start_frame: int
+    latents: Tensor
+    pixels: Tensor
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that changes in a session. Opaque; made by `snapshot`, taken by `restore`."""
+
+    prompts: tuple[str, ...] | None
+    next_prompts: tuple[str, ...] | None
+    rollout: dict[str, Any]
+    stream: StreamCache
+
+
+def block_noise(seed: int, start_frame: int, step: int, shape: Sequence[int]) -> Tensor:
+    """Gaussian noise that depends on seed, position and step alone, made on the CPU: the same on every device.
+
+    With no stream of random numbers to advance, a video does not depend on its neighbours in a batch, and going back to
+    an earlier frame needs no generator state.
+    """
+    digest = hashlib.blake2b(f"{seed}/{start_frame}/{step}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return torch.randn(tuple(shape), generator=generator)
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Pixels [B, V, 3, height, width] in [-1, 1] to [B, V, height, width, 3] uint8, clamped and rounded."""
+    scaled = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round()
+    return scaled.to(torch.uint8).permute(0, 1, 3, 4, 2)
+
+
+class Session:
+    """Generates len(seeds) videos side by side. Not safe for concurrent use."""
+
+    def __init__(self, models: Models, config: SessionConfig, seeds: Sequence[int]) -> None:
+        """Raises InputError for a size that the models cannot make."""
+        factor = models.vae.config.spatial_factor
+        step = factor * models.generator.config.patch_size[1]
+        if config.height % step or config.width % step:
+            raise InputError(f"resolution {config.height}x{config.width}: height and width must be multiples of {step}")
+        self.models = models
+        self.config = config
+        self.seeds = tuple(seeds)
+        self._latent_shape = (models.vae.config.z_dim, config.height // factor, config.width // factor)
+        cache = models.generator.new_cache(config.cache, len(seeds), *self._latent_shape[1:])
+        self._rollout = Rollout(models.generator, Sampler(config.sampler), cache, config.switch_policy)
+        self._stream = models.vae.new_cache()
+        self._prompts: tuple[str, ...] | None = None
+        self._next_prompts: tuple[str, ...] | None = None
+
+    @property
+    def num_frames(self) -> int:
+        """Latent frames made so far."""
+        return self._rollout.num_frames
+
+    def set_prompt(self, prompts: str | Sequence[str]) -> None:
+        """The prompt (one for all videos, or one each) from the next block on. Cheap until that block is made."""
+        each = (prompts,) * len(self.seeds) if isinstance(prompts, str) else tuple(prompts)
+        if len(each) != len(self.seeds):
+            raise InputError(f"{len(each)} prompts for {len(self.seeds)} videos")
+        self._next_prompts = each
+
+    @torch.no_grad()
+    def next_chunk(self) -> Chunk:
+        """Make the next block of every video."""
+        self._switch()
+        start, num = self.num_frames, self.config.sampler.frames_per_block
+        noise = self._noise(start, num, 0)
+        latents = self._rollout.next_block(noise, lambda step: self._noise(start, num, step + 1))
+        return self._decode(start, latents)
+
+    @torch.no_grad()
+    def start_from(self, pixels: Tensor) -> Chunk:
+        """Begin with a picture or clip: [B or 1, 1 + 4k, 3, height, width] in [-1, 1] goes through the cache as clean
+        context, and the videos go on from there. Comes after the first `set_prompt`, before the first block.
+
+        Returns the given frames as the models see them.
+        """
+        assert self.num_frames == 0, "a session can only begin with a clip"
+        self._switch()
+        batch = pixels.expand(len(self.seeds), -1, -1, -1, -1)
+        latents = self.models.vae.encode(batch.to(self.models.device)).float()
+        self._rollout.prefill(latents)
+        return self._decode(0, latents)
+
+    def snapshot(self) -> Snapshot:
+        """The present state, independent of what comes after."""
+        return Snapshot(self._prompts, self._next_prompts, self._rollout.state(), self._stream.clone())
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot of this session; generation continues from there exactly as it did then."""
+        self._prompts, self._next_prompts = snapshot.prompts, snapshot.next_prompts
+        self._rollout.load_state(snapshot.rollout)
+        self._stream = snapshot.stream.clone()
+
+    def close(self) -> None:
+        """Free the caches. The session cannot be used afterwards."""
+        del self._rollout, self._stream
+
+    def _switch(self) -> None:
+        assert self._prompts is not None or self._next_prompts is not None, "set_prompt comes first"
+        if self._next_prompts is not None and self._next_prompts != self._prompts:
+            embeddings = self.models.encode_prompts(self._next_prompts)
+            self._rollout.set_text(self.models.generator.project_text(embeddings))
+            self._prompts = self._next_prompts
+
+    def _noise(self, start_frame: int, num_frames: int, step: int) -> Tensor:
+        shape = (num_frames, *self._latent_shape)
+        noise = torch.stack([block_noise(seed, start_frame, step, shape) for seed in self.seeds])
+        if self.models.device.type == "cuda":
+            noise = noise.pin_memory()
+        return noise.to(self.models.device, non_blocking=True)
+
+    def _decode(self, start_frame: int, latents: Tensor) -> Chunk:
+        pixels = self.models.vae.decode(latents, self._stream)
+        return Chunk(start_frame, latents, to_uint8(pixels))
