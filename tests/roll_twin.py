@@ -31,13 +31,12 @@ class RollCache:
     def __init__(self, config: CacheConfig, num_layers: int, grid: tuple[int, int], head_dim: int) -> None:
         assert config.window_frames != -1
         self.config, self.grid, self.head_dim = config, grid, head_dim
-        self.k: list[Tensor | None] = [None] * num_layers
-        self.v: list[Tensor | None] = [None] * num_layers
+        self.layers = [RollLayer(self) for _ in range(num_layers)]
         self.global_end = self.local_end = self.sink_shift = 0
 
     def zero_(self) -> None:
-        self.k = [None if k is None else torch.zeros_like(k) for k in self.k]
-        self.v = [None if v is None else torch.zeros_like(v) for v in self.v]
+        for layer in self.layers:
+            layer.k, layer.v = torch.zeros_like(layer.k), torch.zeros_like(layer.v)
 
     def begin(self, start: int, num: int, sink_recache: bool = False) -> RollPlan:
         """Plan a call on frames [start, start + num) and move the indices as the published code does after it."""
@@ -54,28 +53,33 @@ class RollCache:
         write = max(first, self.config.sink_frames) if recompute and not sink_recache else first
         return RollPlan(frames, roll, write, local_end, sink_recache, recompute)
 
-    def update(self, layer: int, raw_k: Tensor, k: Tensor, v: Tensor, plan: RollPlan) -> tuple[Tensor, Tensor]:
-        stored = raw_k if self.config.relative else k
-        num, tokens = len(plan.frames), stored.shape[2] // len(plan.frames)
-        sink, window = self.config.sink_frames, self.config.window_frames
-        if self.k[layer] is None:
-            empty = stored.new_zeros(*stored.shape[:2], window * tokens, stored.shape[3])
-            self.k[layer], self.v[layer] = empty, empty.clone()
-        old_k, old_v = self.k[layer], self.v[layer]
-        assert old_k is not None and old_v is not None
-        self.k[layer] = buffer_k = self._write(old_k, stored, plan, num, tokens)
-        self.v[layer] = buffer_v = self._write(old_v, v, plan, num, tokens)
-        if self.config.relative:
-            table = rope_table(torch.arange(window), *self.grid, self.head_dim)
-            buffer_k = apply_rope(buffer_k, table)
+
+class RollLayer:
+    """One layer's buffers [B, H, window * tokens, D], replaced by new ones in every call."""
+
+    def __init__(self, cache: RollCache) -> None:
+        self.cache = cache
+        self.k = self.v = torch.zeros(0)
+
+    def update(self, raw_k: Tensor, k: Tensor, v: Tensor, plan: RollPlan) -> tuple[Tensor, Tensor]:
+        config = self.cache.config
+        stored = raw_k if config.relative else k
+        tokens = stored.shape[2] // len(plan.frames)
+        sink, window = config.sink_frames, config.window_frames
+        if self.k.numel() == 0:
+            self.k = stored.new_zeros(*stored.shape[:2], window * tokens, stored.shape[3])
+            self.v = self.k.clone()
+        self.k, self.v = self._write(self.k, stored, plan, tokens), self._write(self.v, v, plan, tokens)
+        keys = self.k
+        if config.relative:
+            keys = apply_rope(keys, rope_table(torch.arange(window), *self.cache.grid, self.cache.head_dim))
         newest = slice(max(sink, plan.local_end - (window - sink)) * tokens, plan.local_end * tokens)
-        see = [torch.cat([b[:, :, : sink * tokens], b[:, :, newest]], dim=2) for b in (buffer_k, buffer_v)]
+        see = [torch.cat([b[:, :, : sink * tokens], b[:, :, newest]], dim=2) for b in (keys, self.v)]
         return see[0], see[1]
 
-    def _write(self, buffer: Tensor, new: Tensor, plan: RollPlan, num: int, tokens: int) -> Tensor:
-        sink = self.config.sink_frames * tokens
-        evicted = plan.roll * tokens
+    def _write(self, buffer: Tensor, new: Tensor, plan: RollPlan, tokens: int) -> Tensor:
+        sink, evicted = self.cache.config.sink_frames * tokens, plan.roll * tokens
         rolled = torch.cat([buffer[:, :, :sink], buffer[:, :, sink + evicted :], buffer[:, :, :evicted]], dim=2)
-        skip = plan.write_start - (plan.local_end - num)
+        skip = plan.write_start - (plan.local_end - len(plan.frames))
         rolled[:, :, plan.write_start * tokens : plan.local_end * tokens] = new[:, :, skip * tokens :]
         return rolled

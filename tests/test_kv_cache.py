@@ -30,7 +30,13 @@ def noise(start: int, num: int, step: int, batch: int = 1) -> Tensor:
 
 
 def ring_rollout(
-    model: WanDiT, config: CacheConfig, num: int, blocks: int, switches: dict[int, int], policy: str, capacity: int | None
+    model: WanDiT,
+    config: CacheConfig,
+    num: int,
+    blocks: int,
+    switches: dict[int, int],
+    policy: str,
+    capacity: int | None,
 ) -> Tensor:
     cache = model.new_cache(config, 1, HEIGHT, WIDTH, capacity)
     rollout = Rollout(model, Sampler(STEPS), cache, policy)
@@ -62,7 +68,7 @@ def roll_rollout(
                 cache.zero_()
             recent = min(config.window_frames, start)
             call(latents[:, start - recent :], 0.0, start - recent, policy == "rewrite")
-        xt = noise(start, num, 0)
+        xt = x0 = noise(start, num, 0)
         for step, (timestep, sigma) in enumerate(zip(sampler.timesteps, sampler.sigmas, strict=True)):
             xt = xt if step == 0 else (1 - sigma) * x0 + sigma * noise(start, num, step)
             x0 = xt - sigma * call(xt, timestep, start)
@@ -182,9 +188,10 @@ def test_published_training_policy_leaves_a_zero_sink() -> None:
             model.remember(noise(start, 3, 0), torch.zeros(1), text, cache=cache, plan=cache.plan(start, 3))
         recent = noise(0, num_frames, 1)[:, -21:]
         recache(model, recent, num_frames, text, cache, "published_training")
-        sink = torch.stack(cache.k)[:, :, :, : 3 * tokens]
+        keys = torch.stack([layer.k for layer in cache.layers])
+        sink = keys[:, :, :, : 3 * tokens]
         assert (sink == 0).all() == is_zero
-        ring = torch.stack(cache.k)[:, :, :, 3 * tokens : 12 * tokens]
+        ring = keys[:, :, :, 3 * tokens : 12 * tokens]
         assert (ring != 0).any(dim=-1).all()
 
 

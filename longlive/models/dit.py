@@ -8,8 +8,9 @@ Shapes: B batch, F latent frames, C channels, h x w tokens of a frame, S = h w, 
 H heads, D = d / H, L = text_len.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +18,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from longlive.models.attention import AttentionFn, sdpa
-from longlive.models.kv_cache import CacheConfig, CachePlan, KVCache
+from longlive.models.kv_cache import CacheConfig, CachePlan, KVCache, LayerCache
 from longlive.models.rope import apply_rope, rope_table
 
 TextKV = list[tuple[Tensor, Tensor]]
 """Cross-attention keys and values of a prompt, per layer: [B, H, L, D] each."""
+
+LayerText = Tensor | tuple[Tensor, Tensor]
+"""The prompt as one layer takes it: embedded [B, L, d], or its keys and values [B, H, L, D] each."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class DiTConfig:
 PRESETS = {
     "1.3B": DiTConfig(),
     "14B": DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
-    "tiny": DiTConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=8, freq_dim=64, text_dim=64, text_len=128),
+    "tiny": DiTConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=8, freq_dim=64, text_dim=64),
 }
 
 
@@ -85,12 +89,11 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Context:
-    """What the self-attention of one pass needs to know: positions, the cache with its plan, another kernel."""
+    """What the self-attention of every layer needs to know of a pass: positions, what to cache, another kernel."""
 
     rope: Tensor
-    cache: KVCache | None = None
-    plan: CachePlan | None = None
-    attention: AttentionFn | None = None
+    plan: CachePlan | None
+    attention: AttentionFn | None
 
 
 class Attention(nn.Module):
@@ -125,59 +128,55 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Attention among the frames of a pass and, with a cache, to the past."""
 
-    def __init__(self, config: DiTConfig, attention: AttentionFn, layer: int) -> None:
-        super().__init__(config, attention)
-        self.layer = layer
-
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, past: LayerCache | None, context: Context) -> Tensor:
         """x [B, T, d] -> [B, T, d]."""
         q = apply_rope(self.project_q(x), context.rope)
-        k, v = self.remember(x, context)
+        k, v = self.remember(x, past, context)
         attention = context.attention or self.attention
         return self.project_out(attention(q, k, v))
 
-    def remember(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    def remember(self, x: Tensor, past: LayerCache | None, context: Context) -> tuple[Tensor, Tensor]:
         """All keys and values that x [B, T, d] sees; with a cache, its own are stored there on the way."""
         raw_k, v = self.project_kv(x)
         k = apply_rope(raw_k, context.rope)
-        if context.cache is None or context.plan is None:
+        if past is None or context.plan is None:
             return k, v
-        return context.cache.update(self.layer, raw_k, k, v, context.plan)
+        return past.update(raw_k, k, v, context.plan)
 
 
 class CrossAttention(Attention):
     """Attention to the prompt. Padded rows of the prompt are not masked, as in Wan."""
 
-    def forward(self, x: Tensor, text: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-        """x [B, T, d]; text: embedded prompt [B, L, d], or its keys and values."""
+    def forward(self, x: Tensor, text: LayerText) -> Tensor:
+        """x [B, T, d] -> [B, T, d]."""
         k, v = self.project_kv(text) if isinstance(text, Tensor) else text
         return self.project_out(self.attention(self.project_q(x), k, v))
 
 
 class Block(nn.Module):
-    def __init__(self, config: DiTConfig, attention: AttentionFn, layer: int) -> None:
+    def __init__(self, config: DiTConfig, attention: AttentionFn) -> None:
         super().__init__()
         d = config.dim
         self.eps = config.eps
-        self.self_attn = SelfAttention(config, attention, layer)
+        self.self_attn = SelfAttention(config, attention)
         self.norm3 = nn.LayerNorm(d, eps=config.eps)
         self.cross_attn = CrossAttention(config, attention)
         self.ffn = nn.Sequential(nn.Linear(d, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, d))
         self.modulation = nn.Parameter(torch.randn(1, 6, d) / d**0.5)
 
-    def forward(self, x: Tensor, time: Tensor, text: Tensor | tuple[Tensor, Tensor], context: Context) -> Tensor:
-        """x [B, F, S, d] -> the same; time [B, F or 1, 6, d]; text as in CrossAttention."""
+    def forward(self, x: Tensor, time: Tensor, text: LayerText, past: LayerCache | None, context: Context) -> Tensor:
+        """x [B, F, S, d] -> the same; time [B, F or 1, 6, d]."""
         shape = x.shape
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).unsqueeze(-2).unbind(2)
-        y = self.self_attn(modulate(x, shift1, scale1, self.eps).flatten(1, 2), context)
+        y = self.self_attn(modulate(x, shift1, scale1, self.eps).flatten(1, 2), past, context)
         x = x + gate1 * y.view(shape)
         x = x + self.cross_attn(self.norm3(x).flatten(1, 2), text).view(shape)
         return x + gate2 * self.ffn(modulate(x, shift2, scale2, self.eps))
 
-    def remember(self, x: Tensor, time: Tensor, context: Context) -> None:
-        """Only store the keys and values of x [B, F, S, d] in the cache."""
+    def remember(self, x: Tensor, time: Tensor, past: LayerCache, context: Context) -> None:
+        """Only store the keys and values of x [B, F, S, d]."""
         shift, scale = (self.modulation + time).unsqueeze(-2).unbind(2)[:2]
-        self.self_attn.remember(modulate(x, shift, scale, self.eps).flatten(1, 2), context)
+        self.self_attn.remember(modulate(x, shift, scale, self.eps).flatten(1, 2), past, context)
 
 
 class Head(nn.Module):
@@ -205,7 +204,7 @@ class WanDiT(nn.Module):
         self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, d), nn.GELU("tanh"), nn.Linear(d, d))
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, d), nn.SiLU(), nn.Linear(d, d))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
-        self.blocks = nn.ModuleList(Block(config, attention, layer) for layer in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.num_layers))
         self.head = Head(config)
 
     def forward(
@@ -227,9 +226,9 @@ class WanDiT(nn.Module):
         self-attention for this pass. Returns [B, F, C, height, width] in the model's type.
         """
         x, time, embedded, context = self._embed(latents, timesteps, cache, plan, frames, attention)
-        layers = self._text_layers(text)
-        for block, layer_text in zip(self.blocks, layers, strict=True):
-            x = block(x, time, layer_text, context)
+        past = [None] * len(self.blocks) if cache is None else cache.layers
+        for block, layer_text, layer_past in zip(self.blocks, self._text_layers(text), past, strict=True):
+            x = block(x, time, layer_text, layer_past, context)
         return self._unpatchify(self.head(x, embedded), latents)
 
     def remember(
@@ -237,17 +236,24 @@ class WanDiT(nn.Module):
     ) -> None:
         """A pass that only leaves keys and values in the cache: the last layer stops there, the head is not needed."""
         x, time, _, context = self._embed(latents, timesteps, cache, plan, None, None)
-        for block, layer_text in zip(self.blocks[:-1], self._text_layers(text), strict=False):
-            x = block(x, time, layer_text, context)
-        self.blocks[-1].remember(x, time, context)
+        *layers, last = zip(self.blocks, self._text_layers(text), cache.layers, strict=True)
+        for block, layer_text, past in layers:
+            x = block(x, time, layer_text, past, context)
+        block, _, past = last
+        block.remember(x, time, past, context)
 
     def project_text(self, prompt_embeds: Tensor) -> TextKV:
         """Cross-attention keys and values of prompt embeddings [B, L, text_dim], once per prompt."""
         tokens = self.text_embedding(prompt_embeds.to(self.patch_embedding.weight.dtype))
-        return [block.cross_attn.project_kv(tokens) for block in self.blocks]
+        return [block.cross_attn.project_kv(tokens) for block in cast(Iterable[Block], self.blocks)]
 
     def new_cache(
-        self, config: CacheConfig, batch_size: int, latent_height: int, latent_width: int, capacity_frames: int | None = None
+        self,
+        config: CacheConfig,
+        batch_size: int,
+        latent_height: int,
+        latent_width: int,
+        capacity_frames: int | None = None,
     ) -> KVCache:
         """An empty cache for videos of this latent size, on the model's device and in its type."""
         weight = self.patch_embedding.weight
@@ -288,9 +294,9 @@ class WanDiT(nn.Module):
         if cache is not None and plan is not None and plan.sink_shift != cache.sink_shift:
             sink = torch.arange(cache.config.sink_frames, device=x.device) + plan.sink_shift
             cache.move_sink(rope_table(sink, *size), plan)
-        return x, time, embedded, Context(rope_table(frames, *size), cache, plan, attention)
+        return x, time, embedded, Context(rope_table(frames, *size), plan, attention)
 
-    def _text_layers(self, text: Tensor | TextKV) -> Sequence[Tensor | tuple[Tensor, Tensor]]:
+    def _text_layers(self, text: Tensor | TextKV) -> Sequence[LayerText]:
         """The prompt as each layer takes it; embeddings are projected inside the blocks, with gradient."""
         if not isinstance(text, Tensor):
             return text

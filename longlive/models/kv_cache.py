@@ -48,7 +48,9 @@ class CacheConfig:
         if self.sink_frames < 0:
             raise ValueError(f"sink_frames={self.sink_frames}: must not be negative")
         if self.window_frames != -1 and self.window_frames <= self.sink_frames:
-            raise ValueError(f"window_frames={self.window_frames}: must exceed sink_frames={self.sink_frames}, or be -1")
+            raise ValueError(
+                f"window_frames={self.window_frames}: must exceed sink_frames={self.sink_frames}, or be -1"
+            )
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,29 @@ class CachePlan:
     sink_shift: int
 
 
+@dataclass
+class LayerCache:
+    """Keys and values of one layer: k, v [B, H, slots * frame_tokens, D]; sink_k: the sink's unrotated keys, where the
+    sink moves (else empty). A tensor is written in place, or replaced by a larger one."""
+
+    k: Tensor
+    v: Tensor
+    sink_k: Tensor
+
+    def update(self, raw_k: Tensor, k: Tensor, v: Tensor, plan: CachePlan) -> tuple[Tensor, Tensor]:
+        """Store a pass's keys (unrotated and rotated) and values [B, H, tokens, D]; return all it sees, [B, H, keys, D]."""
+        self.k.index_copy_(2, plan.slots, k[:, :, plan.num_skipped :])
+        self.v.index_copy_(2, plan.slots, v[:, :, plan.num_skipped :])
+        if self.sink_k.shape[2] and plan.num_sink_tokens:
+            stored = slice(plan.num_skipped, plan.num_skipped + plan.num_sink_tokens)
+            self.sink_k.index_copy_(2, plan.slots[: plan.num_sink_tokens], raw_k[:, :, stored])
+        if isinstance(plan.visible, int):
+            return self.k[:, :, : plan.visible], self.v[:, :, : plan.visible]
+        return self.k.index_select(2, plan.visible), self.v.index_select(2, plan.visible)
+
+
 class KVCache:
-    """The cache of one generator and one batch of videos. `plan` a pass, hand cache and plan to the model."""
+    """The cache of one generator and one batch of videos. `plan` a pass, hand both to the model."""
 
     def __init__(
         self,
@@ -92,11 +115,13 @@ class KVCache:
         self.frame_tokens = frame_tokens
         self.capacity_frames = capacity
         self.sink_shift = 0
-        shape = (batch_size, num_heads, capacity * frame_tokens, head_dim)
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        sink_tokens = config.sink_frames * frame_tokens if config.relative else 0
-        self.sink_k = [k[:, :, :sink_tokens].clone() for k in self.k]
+        self.device = torch.device(device)
+
+        def empty(num_frames: int) -> Tensor:
+            return torch.zeros(batch_size, num_heads, num_frames * frame_tokens, head_dim, dtype=dtype, device=device)
+
+        num_moving = config.sink_frames if config.relative else 0
+        self.layers = [LayerCache(empty(capacity), empty(capacity), empty(num_moving)) for _ in range(num_layers)]
 
     def plan(self, start_frame: int, num_frames: int, sink: SinkWrite = "fill") -> CachePlan:
         """Plan a pass over frames [start_frame, start_frame + num_frames).
@@ -109,7 +134,7 @@ class KVCache:
             self._reserve(end)
         first = min(max(start_frame, num_sink), end) if sink == "keep" else start_frame
         num_sink_written = num_sink if sink == "rewrite" else max(0, min(num_sink, end) - first)
-        frames = torch.arange(start_frame, end, device=self.k[0].device)
+        frames = torch.arange(start_frame, end, device=self.device)
         slots = self._slots(frames[first - start_frame :])
         if sink == "rewrite":
             slots[:num_sink] = torch.arange(num_sink, device=slots.device)
@@ -129,28 +154,17 @@ class KVCache:
             return first, first
         return first, self.plan(start_frame, num_frames, sink="keep")
 
-    def update(self, layer: int, raw_k: Tensor, k: Tensor, v: Tensor, plan: CachePlan) -> tuple[Tensor, Tensor]:
-        """Store a pass's keys (unrotated and rotated) and values [B, H, tokens, D]; return all it sees, [B, H, keys, D]."""
-        cached_k, cached_v = self.k[layer], self.v[layer]
-        cached_k.index_copy_(2, plan.slots, k[:, :, plan.num_skipped :])
-        cached_v.index_copy_(2, plan.slots, v[:, :, plan.num_skipped :])
-        if self.config.relative and plan.num_sink_tokens:
-            stored = slice(plan.num_skipped, plan.num_skipped + plan.num_sink_tokens)
-            self.sink_k[layer].index_copy_(2, plan.slots[: plan.num_sink_tokens], raw_k[:, :, stored])
-        if isinstance(plan.visible, int):
-            return cached_k[:, :, : plan.visible], cached_v[:, :, : plan.visible]
-        return cached_k.index_select(2, plan.visible), cached_v.index_select(2, plan.visible)
-
     def move_sink(self, table: Tensor, plan: CachePlan) -> None:
         """Rotate the sink's keys of every layer to the positions of `plan`; table: RoPE of positions shift..shift+sink."""
-        for cached_k, sink_k in zip(self.k, self.sink_k, strict=True):
-            cached_k[:, :, : sink_k.shape[2]] = apply_rope(sink_k, table)
+        for layer in self.layers:
+            layer.k[:, :, : layer.sink_k.shape[2]] = apply_rope(layer.sink_k, table)
         self.sink_shift = plan.sink_shift
 
     def zero_(self) -> None:
         """Forget everything: all keys and values become zero."""
-        for tensor in [*self.k, *self.v, *self.sink_k]:
-            tensor.zero_()
+        for layer in self.layers:
+            for tensor in (layer.k, layer.v, layer.sink_k):
+                tensor.zero_()
         self.sink_shift = 0
 
     def _reserve(self, num_frames: int) -> None:
@@ -158,11 +172,14 @@ class KVCache:
         if num_frames <= self.capacity_frames:
             return
         self.capacity_frames = max(num_frames, 2 * self.capacity_frames)
-        for tensors in (self.k, self.v):
-            for layer, old in enumerate(tensors):
-                batch, heads, tokens, dim = old.shape
-                tensors[layer] = old.new_zeros(batch, heads, self.capacity_frames * self.frame_tokens, dim)
-                tensors[layer][:, :, :tokens] = old
+        for layer in self.layers:
+            layer.k, layer.v = self._grown(layer.k), self._grown(layer.v)
+
+    def _grown(self, old: Tensor) -> Tensor:
+        batch, heads, tokens, dim = old.shape
+        new = old.new_zeros(batch, heads, self.capacity_frames * self.frame_tokens, dim)
+        new[:, :, :tokens] = old
+        return new
 
     def _slots(self, frames: Tensor) -> Tensor:
         """Slot of each frame."""
@@ -181,9 +198,8 @@ class KVCache:
         sink_seen = num_sink if self.config.published_sink_fill else min(num_sink, end)
         if window == -1 or window == self.capacity_frames:
             return max(end if window == -1 else min(end, window), sink_seen) * self.frame_tokens
-        device = self.k[0].device
-        newest = torch.arange(max(num_sink, end - (window - num_sink)), max(num_sink, end), device=device)
-        return self._tokens(torch.cat([torch.arange(sink_seen, device=device), self._slots(newest)]))
+        newest = torch.arange(max(num_sink, end - (window - num_sink)), max(num_sink, end), device=self.device)
+        return self._tokens(torch.cat([torch.arange(sink_seen, device=self.device), self._slots(newest)]))
 
     def _sink_shift(self, end: int) -> int:
         """How far the sink's positions lie ahead of its frames' own."""

@@ -1,0 +1,7 @@
+"""`python -m longlive`."""
+
+import sys
+
+from longlive.cli import main
+
+sys.exit(main())

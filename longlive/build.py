@@ -1,0 +1,255 @@
+"""From a configuration to loaded models and a run: the one place where the parts meet.
+
+Layer 4. Everything a user may have got wrong is checked before the first weight is read.
+"""
+
+import logging
+import platform
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import longlive
+from longlive.config import InferenceConfig, to_dict
+from longlive.data.prompts import Script, read_scripts, scripts_from_prompts
+from longlive.distributed import is_main, local_rank, rank, shard, world_size
+from longlive.errors import InputError
+from longlive.inference.pipeline import OutputConfig, make_videos, plan_jobs
+from longlive.inference.session import Models, SessionConfig
+from longlive.inference.video import check_writable
+from longlive.models.attention import select_attention
+from longlive.models.dit import PRESETS, WanDiT
+from longlive.models.kv_cache import CacheConfig
+from longlive.models.text_encoder import (
+    PromptCache,
+    TextEncoder,
+    TextEncoderConfig,
+    byte_tokens,
+    load_text_encoder_state,
+    load_tokenizer,
+)
+from longlive.models.vae import VAEConfig, WanVAE
+from longlive.rollout import SamplerConfig
+from longlive.weights.files import load_into, read_checkpoint
+from longlive.weights.formats import DIT, find_weights, read_dit, read_text_encoder, read_vae, select_network
+from longlive.weights.lora import attach_lora, check_rank, merge_lora, read_lora
+
+log = logging.getLogger(__name__)
+
+BUILTIN = "tiny"
+"""`model_name` of the built-in model, which needs no files."""
+BUILTIN_HEIGHT_PX, BUILTIN_WIDTH_PX = 64, 96
+WEIGHT_KEYS = ("model_name", "wan_folder", "generator_ckpt", "lora_ckpt")
+
+
+def run_inference(config: InferenceConfig, explicit: frozenset[str]) -> None:
+    """Make the videos that a configuration asks for. explicit: keys typed on the command line."""
+    config = choose_model(config, explicit)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    scripts = load_scripts(config)
+    folder = Path(config.output_folder)
+    check_writable(folder)
+    weights = weight_files(config)
+    session_config = make_session_config(config)
+    identity = {
+        "weights": {name: (path.stat().st_size, path.stat().st_mtime_ns) for name, path in weights.items()},
+        "model": (config.model_name, config.use_ema, config.adapter.alpha, str(dtype)),
+        "session": session_config,
+        "fps": config.fps,
+    }
+    jobs = plan_jobs(
+        scripts,
+        num_samples=config.num_samples,
+        seed=config.seed,
+        by_index=config.save_with_index,
+        identity=identity,
+    )
+    models = load_models(config, device, dtype)
+    make_videos(
+        models,
+        session_config,
+        OutputConfig(folder, config.fps, config.crf, config.contact_sheet, config.overwrite),
+        shard(jobs, rank(), world_size()),
+        batch_size=config.batch_size,
+        info={"config": to_dict(config), "weights": {k: str(v) for k, v in weights.items()}, "versions": versions(device)},
+        progress=is_main(),
+    )
+
+
+def choose_model(config: InferenceConfig, explicit: frozenset[str]) -> InferenceConfig:
+    """The configuration itself, or, where no weights are there and none were asked for, that of the built-in model."""
+    wanted = [wan_path(config), *(Path(path) for path in (config.generator_ckpt, config.lora_ckpt) if path)]
+    if config.model_name != BUILTIN:
+        if any(path.exists() for path in wanted) or explicit.intersection(WEIGHT_KEYS):
+            return config
+        log.warning(
+            "No weights found (looked for %s): using the tiny built-in model, which is not trained yet and shows coloured "
+            "noise. `bash scripts/download_weights.sh` fetches the real weights.",
+            ", ".join(str(path) for path in wanted),
+        )
+    return replace(
+        config,
+        model_name=BUILTIN,
+        generator_ckpt=None,
+        lora_ckpt=None,
+        height=config.height if "height" in explicit else BUILTIN_HEIGHT_PX,
+        width=config.width if "width" in explicit else BUILTIN_WIDTH_PX,
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is this process's GPU, or the CPU. Raises InputError where it is not there."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError(f"device={name}: no CUDA device is available; use device=auto or device=cpu")
+    device = torch.device("cuda", local_rank()) if name in ("auto", "cuda") else torch.device(name)
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device={device}: there are only {torch.cuda.device_count()} CUDA devices")
+    torch.cuda.set_device(device)
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute type called `name`; "auto" is bfloat16 on a GPU and float32 on the CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
+
+
+def load_scripts(config: InferenceConfig) -> list[Script]:
+    """The videos asked for, from `prompt` or from the file `data_path`."""
+    switches = config.switch_frame_indices or None
+    num_frames, block = config.num_output_frames, config.num_frame_per_block
+    if config.prompts:
+        scripts = [scripts_from_prompts(config.prompts, num_frames=num_frames, frames_per_block=block, switch_frames=switches)]
+    else:
+        scripts = read_scripts(config.data_path, num_frames=num_frames, frames_per_block=block, switch_frames=switches)
+    if config.start_from is not None:
+        scripts = [replace(script, start_from=script.start_from or config.start_from) for script in scripts]
+    return scripts if config.inference_iter == -1 else scripts[: config.inference_iter]
+
+
+def make_session_config(config: InferenceConfig) -> SessionConfig:
+    """What a session needs to know of the configuration."""
+    kwargs = config.model_kwargs
+    return SessionConfig(
+        height=config.height,
+        width=config.width,
+        sampler=SamplerConfig(
+            steps=tuple(config.denoising_step_list),
+            warp=config.warp_denoising_step,
+            shift=kwargs.timestep_shift,
+            context_timestep=float(config.context_noise),
+            frames_per_block=config.num_frame_per_block,
+        ),
+        cache=CacheConfig(kwargs.local_attn_size, kwargs.sink_size, kwargs.use_infinite_attention),
+        switch_policy="keep" if config.global_sink else "rewrite",
+    )
+
+
+def wan_path(config: InferenceConfig) -> Path:
+    """The Wan model's folder, original or `-Diffusers` layout."""
+    path = Path(config.wan_folder) / config.model_name
+    diffusers = path.with_name(f"{path.name}-Diffusers")
+    return diffusers if diffusers.exists() and not path.exists() else path
+
+
+def weight_files(config: InferenceConfig) -> dict[str, Path]:
+    """The files and folders that the models come from; raises InputError for one that is not there."""
+    if config.model_name == BUILTIN:
+        return {}
+    named = {"wan": wan_path(config), "generator_ckpt": config.generator_ckpt, "lora_ckpt": config.lora_ckpt}
+    files = {name: Path(path) for name, path in named.items() if path is not None}
+    for name, path in files.items():
+        if not path.exists():
+            raise InputError(f"{name}: {path} does not exist; bash scripts/download_weights.sh fetches the published weights")
+    return files
+
+
+def load_models(config: InferenceConfig, device: torch.device, dtype: torch.dtype) -> Models:
+    """Generator, VAE and text encoder on `device`, ready for inference."""
+    if config.model_name == BUILTIN:
+        return builtin_models(config, device, dtype)
+    folder = wan_path(config)
+    log.info("loading %s", folder)
+    generator = load_generator(config, device, dtype)
+    vae_config, vae_state = read_vae(folder)
+    with torch.device("meta"):
+        vae = WanVAE(vae_config)
+    load_into(vae, vae_state, folder, dtype)
+    text_config, text_state, tokenizer = read_text_encoder(folder)
+    with torch.device("meta"):
+        encoder = TextEncoder(text_config, load_tokenizer(tokenizer))
+    load_text_encoder_state(encoder, text_state, str(folder))
+    encoder.to(torch.bfloat16)
+    return assemble(config, generator, vae, encoder, device, dtype)
+
+
+def load_generator(config: InferenceConfig, device: torch.device, dtype: torch.dtype) -> WanDiT:
+    """The causal generator: Wan's sizes, the checkpoint's weights, the LoRA merged in or attached."""
+    folder = wan_path(config)
+    source = config.generator_ckpt or folder
+    dit_config, state = read_dit(folder)
+    if config.generator_ckpt is not None:
+        file = find_weights(DIT, config.generator_ckpt)
+        state = select_network(read_checkpoint(file), file, "generator_ema" if config.use_ema else "generator")
+    lora = None if config.lora_ckpt is None else read_lora(config.lora_ckpt)
+    if lora is not None and config.lora_ckpt is not None:
+        check_rank(lora, config.adapter.rank, config.lora_ckpt)
+        if config.merge_lora:
+            state = merge_lora(state, lora, config.adapter.alpha, config.lora_ckpt)
+    with torch.device("meta"):
+        generator = WanDiT(dit_config, select_attention(config.attention, device, dtype))
+    load_into(generator, state, source, dtype)
+    if lora is not None and not config.merge_lora:
+        attach_lora(generator, config.adapter.rank, config.adapter.alpha, lora, config.lora_ckpt or "")
+    return generator
+
+
+def builtin_models(config: InferenceConfig, device: torch.device, dtype: torch.dtype) -> Models:
+    """The tiny model that is there without any download. Random weights, always the same ones."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        generator = WanDiT(PRESETS[BUILTIN], select_attention(config.attention, device, dtype))
+        vae = WanVAE(VAEConfig(base_dim=16))
+        encoder = TextEncoder(TextEncoderConfig.tiny(), byte_tokens)
+    return assemble(config, generator, vae, encoder, device, dtype)
+
+
+def assemble(
+    config: InferenceConfig,
+    generator: WanDiT,
+    vae: WanVAE,
+    encoder: TextEncoder,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Models:
+    """Move the parts to the device, frozen; compile them if asked."""
+    for module in (generator, vae):
+        module.to(device, dtype).eval().requires_grad_(False)
+    if not config.low_memory:
+        encoder.to(device)
+    if config.compile:
+        compile_models(generator, vae)
+    return Models(generator, vae, PromptCache(encoder.eval(), device))
+
+
+def compile_models(generator: WanDiT, vae: WanVAE) -> None:
+    """Compile one transformer block, which serves all layers, and the decoder."""
+    for block in generator.blocks:
+        block.compile()
+    vae.decoder.compile()
+
+
+def versions(device: torch.device) -> dict[str, Any]:
+    """What ran: for the sidecars."""
+    return {
+        "longlive": longlive.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+    }

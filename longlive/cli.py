@@ -1,0 +1,156 @@
+"""The command line: `python -m longlive inference | interactive | convert`.
+
+Mistakes of the user end in one line on stderr and exit code 2, Ctrl-C in 130; anything else is a bug and keeps its
+traceback. Heavy modules are imported by the command that needs them, so that `--help` is quick.
+"""
+
+import argparse
+import errno
+import logging
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import longlive
+from longlive.config import PATH_RULE, ROOT, InferenceConfig, Section, config_keys, load_config
+from longlive.distributed import is_main
+from longlive.errors import InputError
+
+USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+OUT_OF_MEMORY = "out of GPU memory; try low_memory=true, batch_size=1, or a smaller height and width"
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are InputErrors."""
+
+    def __init__(self, name: str, description: str, epilog: str) -> None:
+        super().__init__(
+            prog=f"python -m longlive {name}".strip(),
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} ({self.prog} --help lists what is accepted)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's own) and return its exit code; `--help` raises SystemExit."""
+    return exit_code(lambda: _dispatch(sys.argv[1:] if argv is None else argv))
+
+
+def exit_code(command: Callable[[], None]) -> int:
+    """Run `command`; 0, or what its failure means, told in one line on stderr. Unexpected errors propagate."""
+    try:
+        try:
+            command()
+        finally:
+            _flush_stdout()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except InputError as error:
+        return _fail(str(error))
+    except OSError as error:
+        if error.errno not in USER_ERRNOS:
+            raise
+        return _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror))
+    except RuntimeError as error:
+        import torch
+
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
+        return _fail(OUT_OF_MEMORY)
+    return 0
+
+
+def _fail(message: str) -> int:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def _flush_stdout() -> None:
+    """A reader that left early (`--help | head`) is no error."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _dispatch(argv: Sequence[str]) -> None:
+    commands = "\n".join(f"  {name:12} {command.__doc__}" for name, command in COMMANDS.items())
+    parser = _Parser("", longlive.__doc__ or "", f"commands (each has its own --help):\n{commands}")
+    parser.add_argument("--version", action="version", version=f"longlive {longlive.__version__}")
+    parser.add_argument("command", choices=COMMANDS, help="what to do, see below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's own arguments")
+    args = parser.parse_args(argv or ["--help"])
+    _start_logging()
+    COMMANDS[args.command](args.arguments)
+
+
+def _start_logging() -> None:
+    """Messages go to stderr as they are; only the main process tells of progress, every process of trouble."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("longlive").setLevel(logging.INFO if is_main() else logging.WARNING)
+
+
+def _inference(argv: Sequence[str]) -> None:
+    """make one video for each prompt of a text file"""
+    _generate("inference", argv, "longlive_inference.yaml")
+
+
+def _interactive(argv: Sequence[str]) -> None:
+    """make videos whose prompt changes as they run"""
+    _generate("interactive", argv, "longlive_interactive_inference.yaml")
+
+
+def _convert(argv: Sequence[str]) -> None:
+    """convert weights between formats and merge a LoRA into them"""
+    from longlive.weights import convert
+
+    parser = _Parser("convert", f"{_convert.__doc__}.", "")
+    convert.add_arguments(parser)
+    convert.run(parser.parse_args(argv))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "inference": _inference,
+    "interactive": _interactive,
+    "convert": _convert,
+}
+
+
+def _generate(name: str, argv: Sequence[str], default_config: str) -> None:
+    parser = _Parser(name, f"{COMMANDS[name].__doc__}.", _describe_keys(InferenceConfig))
+    parser.add_argument(
+        "--config_path",
+        "--config-path",
+        type=Path,
+        default=ROOT / "configs" / default_config,
+        metavar="FILE",
+        help=f"YAML file of settings (default: configs/{default_config} of the repository)",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
+    args, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        raise InputError(f"unknown option {unknown[0]}: settings are written key=value, for example seed=3")
+    config, explicit = load_config(InferenceConfig, args.config_path, args.overrides)
+
+    from longlive.build import run_inference
+
+    run_inference(config, explicit)
+
+
+def _describe_keys(schema: type[Section]) -> str:
+    """The help text of every configuration key, with the rule for paths."""
+    lines = [textwrap.fill(PATH_RULE, 100), "", "keys, with type and default (a configuration file may say otherwise):"]
+    for key in config_keys(schema).values():
+        accepts = f" ({key.rule.accepts})" if key.rule else ""
+        lines.append(f"  {key.name}  {key.type_name}, {key.default_text}")
+        lines += textwrap.wrap(key.help + accepts, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)

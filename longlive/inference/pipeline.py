@@ -1,0 +1,240 @@
+"""From scripts to video files: plan the jobs, batch them, play them through sessions, write what comes out.
+
+A job is one video. Its file name says which prompt and sample it is and ends in a fingerprint of everything that
+determines the picture; a finished video is therefore never made twice, nor overwritten by another, and an interrupted
+run goes on where it stopped.
+"""
+
+import hashlib
+import itertools
+import json
+import logging
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from longlive import __version__
+from longlive.data.prompts import Script
+from longlive.inference.session import Chunk, Models, Session, SessionConfig
+from longlive.inference.video import ContactSheet, VideoWriter, read_clip, write_sidecar
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video to make. name: file name without ending."""
+
+    name: str
+    script: Script
+    seed: int
+
+    @property
+    def schedule(self) -> tuple[object, ...]:
+        """What jobs must share to be made side by side."""
+        return self.script.num_frames, self.script.switch_frames, self.script.start_from
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """Where and how videos are written. crf: H.264 quality, 0 (lossless) to 51."""
+
+    folder: Path
+    fps: int = 16
+    crf: int = 18
+    contact_sheet: bool = True
+    overwrite: bool = False
+
+
+def plan_jobs(
+    scripts: Sequence[Script], *, num_samples: int, seed: int, by_index: bool, identity: Mapping[str, Any]
+) -> list[Job]:
+    """All videos of a run: `num_samples` of every script, with seeds seed, seed + 1, ... (the script's own seed first).
+
+    identity: whatever else determines the picture; it enters the fingerprint in the names.
+    """
+    jobs = []
+    for index, script in enumerate(scripts):
+        for sample in range(num_samples):
+            job_seed = (seed if script.seed is None else script.seed) + sample
+            content = {**identity, **asdict(script), "line": None, "seed": job_seed}
+            digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:6]
+            words = "-".join(re.findall(r"[a-z0-9]+", script.prompts[0].lower()))[:60].strip("-")
+            stem = f"{index:03d}-{sample}" if by_index else f"{words or 'prompt'}-{sample}"
+            jobs.append(Job(f"{stem}-{digest}", script, job_seed))
+    return jobs
+
+
+def make_videos(
+    models: Models,
+    session_config: SessionConfig,
+    output: OutputConfig,
+    jobs: Sequence[Job],
+    *,
+    batch_size: int,
+    info: Mapping[str, Any],
+    progress: bool,
+) -> None:
+    """Make every job's video that is not there yet. info: what the sidecars say besides prompts, seed and timings."""
+    wanted = [job for job in jobs if output.overwrite or not (output.folder / f"{job.name}.mp4").exists()]
+    if len(wanted) < len(jobs):
+        log.info("%d of %d videos are there already in %s", len(jobs) - len(wanted), len(jobs), output.folder)
+    clips = {path: load_clip(path, session_config, output.fps) for path in {job.script.start_from for job in wanted}}
+    factor = models.vae.config.temporal_factor
+    total = sum(num_video_frames(job.script, clips[job.script.start_from], factor) for job in wanted)
+    with tqdm(total=total, unit=" frames", disable=not progress, dynamic_ncols=True, smoothing=0.05) as bar:
+        for _, group in itertools.groupby(wanted, key=lambda job: job.schedule):
+            same = list(group)
+            for first in range(0, len(same), batch_size):
+                batch = same[first : first + batch_size]
+                bar.set_description(batch[0].name)
+                session = Session(models, session_config, [job.seed for job in batch])
+                chunks = play(session, [job.script for job in batch], clips[batch[0].script.start_from])
+                _write_batch(output, batch, chunks, session, info, bar)
+                session.close()
+
+
+def _write_batch(
+    output: OutputConfig,
+    batch: Sequence[Job],
+    chunks: Iterator[Chunk],
+    session: Session,
+    info: Mapping[str, Any],
+    bar: "tqdm[Any]",
+) -> None:
+    clock = Clock()
+    with ExitStack() as stack:
+        videos = [stack.enter_context(VideoFile(output, session.config, job)) for job in batch]
+        for pixels in on_host(chunks):
+            clock.add(pixels.shape[1])
+            for video, frames in zip(videos, pixels, strict=True):
+                video.write(frames)
+            bar.update(pixels.shape[0] * pixels.shape[1])
+        timings = clock.summary(session.models.device)
+        for video in videos:
+            video.describe({**info, "timings": timings})
+
+
+def load_clip(path: str | None, config: SessionConfig, fps: int) -> Tensor | None:
+    """A picture or clip at the session's size and rate as pixels [1, 1 + 4k, 3, height, width] in [-1, 1]."""
+    if path is None:
+        return None
+    frames = read_clip(path, config.height, config.width, fps)
+    return frames.permute(0, 3, 1, 2)[None] / 127.5 - 1
+
+
+def num_video_frames(script: Script, clip: Tensor | None, temporal_factor: int) -> int:
+    """Video frames of a script's video; the first latent of a video is one frame, every other `temporal_factor`."""
+    if clip is None:
+        return 1 + temporal_factor * (script.num_frames - 1)
+    return clip.shape[1] + temporal_factor * script.num_frames
+
+
+def play(session: Session, scripts: Sequence[Script], clip: Tensor | None = None) -> Iterator[Chunk]:
+    """Run scripts of one schedule through a session and yield its chunks.
+
+    Prompt i + 1 takes over at the first block that starts at or after its switch frame. The frames of a clip to start
+    from come first and are not counted.
+    """
+    prompts, switches = list(zip(*(script.prompts for script in scripts), strict=True)), scripts[0].switch_frames
+    session.set_prompt(prompts[0])
+    if clip is not None:
+        yield session.start_from(clip)
+    offset = session.num_frames
+    while (frame := session.num_frames - offset) < scripts[0].num_frames:
+        session.set_prompt(prompts[sum(frame >= switch for switch in switches)])
+        yield session.next_chunk()
+
+
+class VideoFile:
+    """The files of one job: the mp4, and beside it a JSON sidecar and a contact sheet. A context manager."""
+
+    def __init__(self, output: OutputConfig, config: SessionConfig, job: Job, num_video_frames: int) -> None:
+        self.output, self.job = output, job
+        self.path = output.folder / f"{job.name}.mp4"
+        self._writer = VideoWriter(self.path, output.fps, config.height, config.width, output.crf)
+        self._sheet = ContactSheet(num_video_frames, output.fps) if output.contact_sheet else None
+
+    def __enter__(self) -> Self:
+        self._writer.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._writer.__exit__(*exception)
+
+    def write(self, frames: Tensor) -> None:
+        """Add frames [V, height, width, 3] uint8."""
+        self._writer.write(frames)
+        if self._sheet is not None:
+            self._sheet.add(frames)
+
+    def describe(self, info: Mapping[str, Any]) -> None:
+        """Write sidecar and contact sheet: they are there before the finished mp4 gets its name."""
+        script = self.job.script
+        if self._sheet is not None:
+            self._sheet.save(self.path.with_suffix(".png"))
+        told = {
+            "prompts": script.prompts,
+            "switch_frames": script.switch_frames,
+            "num_frames": script.num_frames,
+            "seed": self.job.seed,
+            "start_from": script.start_from,
+            "fps": self.output.fps,
+        }
+        write_sidecar(self.path.with_suffix(".json"), {**told, **info})
+
+
+def on_host(chunks: Iterable[Chunk]) -> Iterator[Tensor]:
+    """The pixels of each chunk on the CPU. One chunk behind: the GPU makes the next while the caller uses this one."""
+    waiting: tuple[Tensor, torch.cuda.Event] | None = None
+    for chunk in chunks:
+        if chunk.pixels.device.type != "cuda":
+            yield chunk.pixels
+            continue
+        host = torch.empty_like(chunk.pixels, device="cpu", pin_memory=True)
+        host.copy_(chunk.pixels, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        if waiting is not None:
+            waiting[1].synchronize()
+            yield waiting[0]
+        waiting = host, copied
+    if waiting is not None:
+        waiting[1].synchronize()
+        yield waiting[0]
+
+
+class Clock:
+    """Times a batch: to its first chunk, and from there on."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._first: float | None = None
+        self._frames: list[int] = []
+
+    def add(self, num_video_frames: int) -> None:
+        self._first = self._first or time.perf_counter()
+        self._frames.append(num_video_frames)
+
+    def summary(self, device: torch.device) -> dict[str, Any]:
+        """Seconds and video frames per second for each video, decoding and writing included."""
+        now = time.perf_counter()
+        first = self._first or now
+        steady = sum(self._frames[1:]) / (now - first) if len(self._frames) > 1 else None
+        return {
+            "seconds": round(now - self._start, 3),
+            "seconds_to_first_chunk": round(first - self._start, 3),
+            "fps": round(sum(self._frames) / (now - self._start), 2),
+            "fps_after_first_chunk": None if steady is None else round(steady, 2),
+            "peak_gpu_memory_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
+            if device.type == "cuda"
+            else 0,
+        }

@@ -1,0 +1,1 @@
+"""Weights people have: reading and writing files, naming schemes, LoRA, conversion."""

@@ -1,0 +1,112 @@
+"""The shell scripts and the two lists of requirements."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.sh"), *ROOT.glob("scripts/*.sh")])
+
+
+def run(script: str, *arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The script's result when called from `cwd` with this interpreter, the given variables set, and no input."""
+    environment = {**os.environ, "LONGLIVE_PYTHON": sys.executable, **variables}
+    return subprocess.run(
+        ["bash", str(ROOT / script), *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=120,
+    )
+
+
+def assert_one_line_error(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert re.fullmatch(r"error: [^\n]+\n", result.stderr)
+    assert all(word in result.stderr for word in words)
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, ".ci/run"])
+def test_script_is_executable_and_parses(script: str) -> None:
+    assert os.access(ROOT / script, os.X_OK)
+    subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_is_in_readme(script: str) -> None:
+    assert script in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("script", ["inference.sh", "interactive_inference.sh"])
+def test_help_from_elsewhere(script: str, tmp_path: Path) -> None:
+    (tmp_path / "longlive").mkdir()  # as beside a clone: must not hide the package
+    result = run(script, "--help", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "usage: " in result.stdout
+    assert [path.name for path in tmp_path.rglob("*")] == ["longlive"]
+
+
+@pytest.mark.parametrize("num_gpus", ["0", "two", "-1"])
+def test_bad_num_gpus(num_gpus: str, tmp_path: Path) -> None:
+    assert_one_line_error(run("inference.sh", cwd=tmp_path, NUM_GPUS=num_gpus), f"NUM_GPUS={num_gpus}")
+
+
+@pytest.mark.parametrize("script", ["train_init.sh", "train_long.sh"])
+def test_training_says_that_it_is_missing(script: str, tmp_path: Path) -> None:
+    assert_one_line_error(run(script, cwd=tmp_path), "training", "README.md")
+
+
+def test_setup_uses_the_given_interpreter(tmp_path: Path) -> None:
+    assert run("scripts/setup.sh", cwd=tmp_path).stdout == f"{sys.executable}\n"
+
+
+def test_setup_refuses_a_wrong_interpreter(tmp_path: Path) -> None:
+    assert_one_line_error(run("inference.sh", cwd=tmp_path, LONGLIVE_PYTHON="/no/python"), "/no/python", "3.11")
+
+
+def test_failed_setup_is_not_taken_for_complete(tmp_path: Path) -> None:
+    """Without a package index the first call cannot install torch; a second one tries again instead of going on."""
+    for name in ("scripts/setup.sh", "requirements.txt", "requirements-dev.txt", "pyproject.toml"):
+        copy = tmp_path / "clone" / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes((ROOT / name).read_bytes())
+    offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull, "LONGLIVE_PYTHON": ""}
+    script = str(tmp_path / "clone" / "scripts" / "setup.sh")
+    for _ in range(2):
+        result = run(script, cwd=tmp_path, **offline)
+        assert result.returncode == 2
+        assert result.stdout == ""
+        assert result.stderr.splitlines()[-1].startswith("error: could not install torch")
+
+
+def pinned() -> dict[str, Requirement]:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(requirement.name): requirement for requirement in requirements}
+
+
+def test_requirements_are_the_declared_dependencies_pinned() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    ranges = {canonicalize_name(requirement.name): requirement for requirement in map(Requirement, declared)}
+    assert pinned().keys() == ranges.keys()
+    for name, requirement in pinned().items():
+        (pin,) = requirement.specifier
+        assert pin.operator == "=="
+        assert pin.version in ranges[name].specifier, name
+
+
+@pytest.mark.parametrize(("version", "is_supported"), [("2.8.0", True), ("2.9.1", False), ("2.11.0", True)])
+def test_supported_torch(version: str, is_supported: bool) -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    torch = next(requirement for requirement in map(Requirement, declared) if requirement.name == "torch")
+    assert (version in torch.specifier) is is_supported
