@@ -13,7 +13,7 @@ import torch
 
 import longlive
 from longlive.config import InferenceConfig, to_dict
-from longlive.data.prompts import Script, read_scripts, scripts_from_prompts
+from longlive.data.prompts import Script, make_script, read_scripts
 from longlive.distributed import is_main, local_rank, rank, shard, world_size
 from longlive.errors import InputError
 from longlive.inference.pipeline import OutputConfig, make_videos, plan_jobs
@@ -74,7 +74,11 @@ def run_inference(config: InferenceConfig, explicit: frozenset[str]) -> None:
         OutputConfig(folder, config.fps, config.crf, config.contact_sheet, config.overwrite),
         shard(jobs, rank(), world_size()),
         batch_size=config.batch_size,
-        info={"config": to_dict(config), "weights": {k: str(v) for k, v in weights.items()}, "versions": versions(device)},
+        info={
+            "config": to_dict(config),
+            "weights": {k: str(v) for k, v in weights.items()},
+            "versions": versions(device),
+        },
         progress=is_main(),
     )
 
@@ -86,8 +90,8 @@ def choose_model(config: InferenceConfig, explicit: frozenset[str]) -> Inference
         if any(path.exists() for path in wanted) or explicit.intersection(WEIGHT_KEYS):
             return config
         log.warning(
-            "No weights found (looked for %s): using the tiny built-in model, which is not trained yet and shows coloured "
-            "noise. `bash scripts/download_weights.sh` fetches the real weights.",
+            "No weights found (looked for %s): using the tiny built-in model, which is not trained yet and shows "
+            "coloured noise. `bash scripts/download_weights.sh` fetches the real weights.",
             ", ".join(str(path) for path in wanted),
         )
     return replace(
@@ -122,12 +126,14 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def load_scripts(config: InferenceConfig) -> list[Script]:
     """The videos asked for, from `prompt` or from the file `data_path`."""
-    switches = config.switch_frame_indices or None
     num_frames, block = config.num_output_frames, config.num_frame_per_block
+    switches = config.switch_frame_indices or None
     if config.prompts:
-        scripts = [scripts_from_prompts(config.prompts, num_frames=num_frames, frames_per_block=block, switch_frames=switches)]
+        script = make_script(config.prompts, num_frames=num_frames, frames_per_block=block, switch_frames=switches)
+        scripts = [script]
     else:
-        scripts = read_scripts(config.data_path, num_frames=num_frames, frames_per_block=block, switch_frames=switches)
+        path = config.data_path
+        scripts = read_scripts(path, num_frames=num_frames, frames_per_block=block, switch_frames=switches)
     if config.start_from is not None:
         scripts = [replace(script, start_from=script.start_from or config.start_from) for script in scripts]
     return scripts if config.inference_iter == -1 else scripts[: config.inference_iter]
@@ -166,7 +172,9 @@ def weight_files(config: InferenceConfig) -> dict[str, Path]:
     files = {name: Path(path) for name, path in named.items() if path is not None}
     for name, path in files.items():
         if not path.exists():
-            raise InputError(f"{name}: {path} does not exist; bash scripts/download_weights.sh fetches the published weights")
+            raise InputError(
+                f"{name}: {path} does not exist; bash scripts/download_weights.sh fetches the published weights"
+            )
     return files
 
 

@@ -137,7 +137,7 @@ def test_noise_depends_on_seed_position_and_step_alone() -> None:
 
 def test_wrong_use(models: Models) -> None:
     with pytest.raises(InputError, match="multiples of 16"):
-        Session(models, SessionConfig(height=40, width=48), [0])
+        Session(models, SessionConfig(40, 48, SAMPLER, CacheConfig(6, 2)), [0])
     session = Session(models, config(), [0, 1])
     with pytest.raises(InputError, match="3 prompts for 2 videos"):
         session.set_prompt(["a", "b", "c"])

@@ -15,6 +15,7 @@ Blank lines are skipped, a key that is `null` counts as absent, and lines may di
 """
 
 import difflib
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -74,6 +75,23 @@ def read_scripts(
     if not scripts:
         raise InputError(f"{path}: holds no prompt")
     return scripts
+
+
+def scripts_from_prompts(
+    prompts: Sequence[str], *, num_frames: int, frames_per_block: int, switch_frames: Sequence[int] | None
+) -> Script:
+    """One video of `prompts` that come from no file, checked like a line of one. Raises `InputError`."""
+    checked = _prompts({"prompts": list(prompts)})
+    switches, length = _timing({}, len(checked), num_frames, frames_per_block, switch_frames)
+    return Script(checked, switches, length, seed=None, start_from=None, line=1)
+
+
+def make_script(
+    prompts: Sequence[str], *, num_frames: int, frames_per_block: int, switch_frames: Sequence[int] | None
+) -> Script:
+    """The script of prompts that are not in a file; `num_frames` and `switch_frames` as for `read_scripts`."""
+    switches, length = _timing({}, len(prompts), num_frames, frames_per_block, switch_frames)
+    return Script(tuple(prompts), switches, length, seed=None, start_from=None, line=1)
 
 
 def _read_lines(path: Path) -> list[str]:
@@ -165,7 +183,9 @@ def _frames_of_durations(durations: Any, num_prompts: int, block: int) -> list[i
     L latent frames are 1 + 4 (L - 1) video frames. Ends are rounded, not durations, so that errors do not add up.
     """
     if not isinstance(durations, list) or len(durations) != num_prompts:
-        raise InputError(f"'durations' must list seconds for {_count(num_prompts, 'prompt')}, found {_shown(durations)}")
+        raise InputError(
+            f"'durations' must list seconds for {_count(num_prompts, 'prompt')}, found {_shown(durations)}"
+        )
     ends, end, elapsed = [], 0, Fraction(0)
     for seconds in durations:
         number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
@@ -204,7 +224,7 @@ def _check_switches(switches: tuple[int, ...], num_frames: int, block: int) -> N
         previous = frame
     # A prompt needs a block of its own: two switches that reach the same block start would skip the one between.
     starts = [0, *(math.ceil(frame / block) * block for frame in switches), num_frames]
-    for number, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True), start=1):
+    for number, (start, end) in enumerate(itertools.pairwise(starts), start=1):
         if start == end:
             raise InputError(f"prompt {number} would never be shown: no block of {block} frames begins during it")
 

@@ -15,13 +15,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from longlive import __version__
 from longlive.data.prompts import Script
 from longlive.inference.session import Chunk, Models, Session, SessionConfig
 from longlive.inference.video import ContactSheet, VideoWriter, read_clip, write_sidecar
@@ -97,30 +96,31 @@ def make_videos(
                 batch = same[first : first + batch_size]
                 bar.set_description(batch[0].name)
                 session = Session(models, session_config, [job.seed for job in batch])
-                chunks = play(session, [job.script for job in batch], clips[batch[0].script.start_from])
-                _write_batch(output, batch, chunks, session, info, bar)
+                _make_batch(session, output, batch, clips[batch[0].script.start_from], info, bar)
                 session.close()
 
 
-def _write_batch(
+def _make_batch(
+    session: Session,
     output: OutputConfig,
     batch: Sequence[Job],
-    chunks: Iterator[Chunk],
-    session: Session,
+    clip: Tensor | None,
     info: Mapping[str, Any],
     bar: "tqdm[Any]",
 ) -> None:
-    clock = Clock()
+    scripts, device = [job.script for job in batch], session.models.device
+    clock = Clock(device)
+    session.models.encode_prompts([prompt for script in scripts for prompt in script.prompts])
+    clock.start()
     with ExitStack() as stack:
-        videos = [stack.enter_context(VideoFile(output, session.config, job)) for job in batch]
-        for pixels in on_host(chunks):
+        videos = [stack.enter_context(VideoFile(output, session, job, clip)) for job in batch]
+        for pixels in on_host(play(session, scripts, clip)):
             clock.add(pixels.shape[1])
             for video, frames in zip(videos, pixels, strict=True):
                 video.write(frames)
             bar.update(pixels.shape[0] * pixels.shape[1])
-        timings = clock.summary(session.models.device)
         for video in videos:
-            video.describe({**info, "timings": timings})
+            video.describe({**info, "timings": clock.summary()})
 
 
 def load_clip(path: str | None, config: SessionConfig, fps: int) -> Tensor | None:
@@ -136,6 +136,14 @@ def num_video_frames(script: Script, clip: Tensor | None, temporal_factor: int) 
     if clip is None:
         return 1 + temporal_factor * (script.num_frames - 1)
     return clip.shape[1] + temporal_factor * script.num_frames
+
+
+def prompt_starts(script: Script, frames_per_block: int, clip: Tensor | None, temporal_factor: int) -> list[int]:
+    """The video frame at which each prompt takes over: a block's first, after the clip if there is one."""
+    clip_frames = 0 if clip is None else clip.shape[1]
+    starts = [-(-switch // frames_per_block) * frames_per_block for switch in script.switch_frames]
+    skipped = 0 if clip_frames else temporal_factor - 1  # the first latent of a video is one frame
+    return [0, *(clip_frames + temporal_factor * start - skipped for start in starts)]
 
 
 def play(session: Session, scripts: Sequence[Script], clip: Tensor | None = None) -> Iterator[Chunk]:
@@ -157,11 +165,14 @@ def play(session: Session, scripts: Sequence[Script], clip: Tensor | None = None
 class VideoFile:
     """The files of one job: the mp4, and beside it a JSON sidecar and a contact sheet. A context manager."""
 
-    def __init__(self, output: OutputConfig, config: SessionConfig, job: Job, num_video_frames: int) -> None:
+    def __init__(self, output: OutputConfig, session: Session, job: Job, clip: Tensor | None) -> None:
         self.output, self.job = output, job
         self.path = output.folder / f"{job.name}.mp4"
-        self._writer = VideoWriter(self.path, output.fps, config.height, config.width, output.crf)
-        self._sheet = ContactSheet(num_video_frames, output.fps) if output.contact_sheet else None
+        self._writer = VideoWriter(self.path, output.fps, session.config.height, session.config.width, output.crf)
+        factor = session.models.vae.config.temporal_factor
+        self._starts = prompt_starts(job.script, session.config.sampler.frames_per_block, clip, factor)
+        num_frames = num_video_frames(job.script, clip, factor)
+        self._sheet = ContactSheet(num_frames, output.fps) if output.contact_sheet else None
 
     def __enter__(self) -> Self:
         self._writer.__enter__()
@@ -180,11 +191,13 @@ class VideoFile:
         """Write sidecar and contact sheet: they are there before the finished mp4 gets its name."""
         script = self.job.script
         if self._sheet is not None:
-            self._sheet.save(self.path.with_suffix(".png"))
+            self._sheet.save(self.path.with_suffix(".png"), list(zip(self._starts, script.prompts, strict=True)))
         told = {
             "prompts": script.prompts,
-            "switch_frames": script.switch_frames,
-            "num_frames": script.num_frames,
+            "prompt_start_seconds": [start / self.output.fps for start in self._starts],
+            "switch_frame_indices": script.switch_frames,
+            "num_output_frames": script.num_frames,
+            "num_video_frames": self._writer.num_frames,
             "seed": self.job.seed,
             "start_from": script.start_from,
             "fps": self.output.fps,
@@ -213,28 +226,39 @@ def on_host(chunks: Iterable[Chunk]) -> Iterator[Tensor]:
 
 
 class Clock:
-    """Times a batch: to its first chunk, and from there on."""
+    """Times a batch: the prompts, the first chunk, and everything from there on."""
 
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._first: float | None = None
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._created = time.perf_counter()
+        self._started = self._first = self._created
         self._frames: list[int] = []
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def start(self) -> None:
+        """The prompts are encoded; generation begins."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._started = time.perf_counter()
 
     def add(self, num_video_frames: int) -> None:
-        self._first = self._first or time.perf_counter()
+        """A chunk has arrived on the host."""
+        if not self._frames:
+            self._first = time.perf_counter()
         self._frames.append(num_video_frames)
 
-    def summary(self, device: torch.device) -> dict[str, Any]:
-        """Seconds and video frames per second for each video, decoding and writing included."""
+    def summary(self) -> dict[str, Any]:
+        """Seconds, and video frames per second of each video: generation, decoding and encoding to H.264 included."""
         now = time.perf_counter()
-        first = self._first or now
-        steady = sum(self._frames[1:]) / (now - first) if len(self._frames) > 1 else None
-        return {
-            "seconds": round(now - self._start, 3),
-            "seconds_to_first_chunk": round(first - self._start, 3),
-            "fps": round(sum(self._frames) / (now - self._start), 2),
-            "fps_after_first_chunk": None if steady is None else round(steady, 2),
-            "peak_gpu_memory_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
-            if device.type == "cuda"
-            else 0,
+        told = {
+            "encode_prompts_seconds": round(self._started - self._created, 3),
+            "first_chunk_seconds": round(self._first - self._started, 3),
+            "total_seconds": round(now - self._started, 3),
+            "fps": round(sum(self._frames) / (now - self._started), 2),
         }
+        if len(self._frames) > 1:
+            told["fps_after_first_chunk"] = round(sum(self._frames[1:]) / (now - self._first), 2)
+        if self._device.type == "cuda":
+            told["peak_gpu_memory_gb"] = round(torch.cuda.max_memory_allocated(self._device) / 1e9, 2)
+        return told

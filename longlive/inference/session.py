@@ -41,8 +41,8 @@ class SessionConfig:
 
     height: int
     width: int
-    sampler: SamplerConfig = SamplerConfig()
-    cache: CacheConfig = CacheConfig()
+    sampler: SamplerConfig
+    cache: CacheConfig
     switch_policy: SwitchPolicy = "keep"
 
 
@@ -50,8 +50,9 @@ class SessionConfig:
 class Chunk:
     """What one block yields, for B videos.
 
-    start_frame: latent frame at which it starts; latents [B, F, C, h, w] float32; pixels [B, V, height, width, 3] uint8,
-    V video frames (1 for the first latent of a video, 4 for every other). All on the models' device; nothing waits.
+    start_frame: latent frame at which it starts; latents [B, F, C, h, w] float32; pixels [B, V, height, width, 3]
+    uint8, V video frames (1 for the first latent of a video, 4 for every other). All on the models' device, where they
+    may still be in the making.
     """
 
     start_frame: int

@@ -240,7 +240,7 @@ class WanDiT(nn.Module):
         for block, layer_text, past in layers:
             x = block(x, time, layer_text, past, context)
         block, _, past = last
-        block.remember(x, time, past, context)
+        cast(Block, block).remember(x, time, past, context)
 
     def project_text(self, prompt_embeds: Tensor) -> TextKV:
         """Cross-attention keys and values of prompt embeddings [B, L, text_dim], once per prompt."""

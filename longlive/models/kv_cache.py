@@ -80,7 +80,7 @@ class LayerCache:
     sink_k: Tensor
 
     def update(self, raw_k: Tensor, k: Tensor, v: Tensor, plan: CachePlan) -> tuple[Tensor, Tensor]:
-        """Store a pass's keys (unrotated and rotated) and values [B, H, tokens, D]; return all it sees, [B, H, keys, D]."""
+        """Store a pass's keys (unrotated, rotated) and values [B, H, tokens, D]; all it sees: [B, H, keys, D]."""
         self.k.index_copy_(2, plan.slots, k[:, :, plan.num_skipped :])
         self.v.index_copy_(2, plan.slots, v[:, :, plan.num_skipped :])
         if self.sink_k.shape[2] and plan.num_sink_tokens:
@@ -155,7 +155,7 @@ class KVCache:
         return first, self.plan(start_frame, num_frames, sink="keep")
 
     def move_sink(self, table: Tensor, plan: CachePlan) -> None:
-        """Rotate the sink's keys of every layer to the positions of `plan`; table: RoPE of positions shift..shift+sink."""
+        """Rotate the sink's keys of every layer to the positions of `plan`, whose RoPE is `table`."""
         for layer in self.layers:
             layer.k[:, :, : layer.sink_k.shape[2]] = apply_rope(layer.sink_k, table)
         self.sink_shift = plan.sink_shift
@@ -193,7 +193,7 @@ class KVCache:
         return (slots[:, None] * self.frame_tokens + offsets).flatten()
 
     def _visible(self, end: int) -> int | Tensor:
-        """Tokens seen by a pass that ends before frame `end`: a prefix of the slots unless the ring outgrows the window."""
+        """Tokens seen by a pass that ends before frame `end`: a prefix, unless the ring is longer than the window."""
         window, num_sink = self.config.window_frames, self.config.sink_frames
         sink_seen = num_sink if self.config.published_sink_fill else min(num_sink, end)
         if window == -1 or window == self.capacity_frames:

@@ -376,7 +376,8 @@ class WanVAE(nn.Module):
         is_start = not cache.features
         self._check_pixels(pixels, is_start)
         step = self.config.temporal_factor
-        chunks = pixels.tensor_split(range(int(is_start) or step, pixels.shape[1], step), dim=1)
+        later_chunks = tuple(range(1 if is_start else step, pixels.shape[1], step))
+        chunks = pixels.tensor_split(later_chunks, dim=1)
         return torch.cat([self._encode_chunk(chunk, cache) for chunk in chunks], dim=1)
 
     def decode(self, latents: Tensor, cache: StreamCache | None = None) -> Tensor:

@@ -11,6 +11,7 @@ import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import IO, Any
 
 import torch
@@ -87,8 +88,12 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
         with temporary.open("wb") as file:
             yield file
         os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot write ({error.strerror or error})") from error
+    except (OSError, RuntimeError) as error:
+        # torch.save fails a second time, with a RuntimeError, when it closes an archive that could not be written.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise InputError(f"{path}: cannot write ({cause.strerror or cause})") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -211,10 +216,11 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
-        if "Unsupported global" in str(error):
+        if "unsupported global" in str(error).lower():
             raise InputError(f"{path}: refused, the pickle contains code; only plain tensors are accepted") from error
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: truncated or corrupt checkpoint ({reason})") from error
+        # What torch says of a pickle it cannot read is advice to run whatever is in it.
+        reason = "unreadable pickle" if isinstance(error, UnpicklingError) else str(error) or type(error).__name__
+        raise InputError(f"{path}: truncated or corrupt checkpoint ({reason.splitlines()[0]})") from error
     if not isinstance(checkpoint, dict):
         raise InputError(f"{path}: expected a dict of tensors, found {type(checkpoint).__name__}")
     return checkpoint
