@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 BUILTIN = "tiny"
 """`model_name` of the built-in model, which needs no files."""
+BUILTIN_VAE = VAEConfig(base_dim=8)
 BUILTIN_HEIGHT_PX, BUILTIN_WIDTH_PX = 64, 96
 WEIGHT_KEYS = ("model_name", "wan_folder", "generator_ckpt", "lora_ckpt")
 
@@ -84,24 +85,22 @@ def run_inference(config: InferenceConfig, explicit: frozenset[str]) -> None:
 
 
 def choose_model(config: InferenceConfig, explicit: frozenset[str]) -> InferenceConfig:
-    """The configuration itself, or, where no weights are there and none were asked for, that of the built-in model."""
+    """The configuration itself, or, where no weights are there and none were asked for, that of the built-in model.
+
+    The built-in model has a small picture and, to show something within a minute, makes the first video only.
+    """
     wanted = [wan_path(config), *(Path(path) for path in (config.generator_ckpt, config.lora_ckpt) if path)]
     if config.model_name != BUILTIN:
         if any(path.exists() for path in wanted) or explicit.intersection(WEIGHT_KEYS):
             return config
         log.warning(
-            "No weights found (looked for %s): using the tiny built-in model, which is not trained yet and shows "
-            "coloured noise. `bash scripts/download_weights.sh` fetches the real weights.",
-            ", ".join(str(path) for path in wanted),
+            "No weights found at %s: using the tiny built-in model, which is not trained yet and shows coloured noise, "
+            "for the first video only. `bash scripts/download_weights.sh` fetches the real weights.",
+            wanted[0],
         )
-    return replace(
-        config,
-        model_name=BUILTIN,
-        generator_ckpt=None,
-        lora_ckpt=None,
-        height=config.height if "height" in explicit else BUILTIN_HEIGHT_PX,
-        width=config.width if "width" in explicit else BUILTIN_WIDTH_PX,
-    )
+    small = {"height": BUILTIN_HEIGHT_PX, "width": BUILTIN_WIDTH_PX, "inference_iter": 1}
+    typed = {key: getattr(config, key) for key in small if key in explicit}
+    return replace(config, model_name=BUILTIN, generator_ckpt=None, lora_ckpt=None, **{**small, **typed})
 
 
 def choose_device(name: str) -> torch.device:
@@ -114,6 +113,7 @@ def choose_device(name: str) -> torch.device:
     if (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device={device}: there are only {torch.cuda.device_count()} CUDA devices")
     torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = True  # the decoder's convolutions have the same shapes for ever
     return device
 
 
@@ -223,7 +223,7 @@ def builtin_models(config: InferenceConfig, device: torch.device, dtype: torch.d
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         generator = WanDiT(PRESETS[BUILTIN], select_attention(config.attention, device, dtype))
-        vae = WanVAE(VAEConfig(base_dim=16))
+        vae = WanVAE(BUILTIN_VAE)
         encoder = TextEncoder(TextEncoderConfig.tiny(), byte_tokens)
     return assemble(config, generator, vae, encoder, device, dtype)
 
@@ -239,6 +239,8 @@ def assemble(
     """Move the parts to the device, frozen; compile them if asked."""
     for module in (generator, vae):
         module.to(device, dtype).eval().requires_grad_(False)
+    if device.type == "cuda":
+        vae.use_channels_last()
     if not config.low_memory:
         encoder.to(device)
     if config.compile:

@@ -36,6 +36,8 @@ def random_models(args: argparse.Namespace, device: torch.device, dtype: torch.d
         embeddings = {text: torch.randn(1, config.text_len, config.text_dim) for text in ("first", "second")}
     for module in (generator, vae):
         module.to(device, dtype).eval().requires_grad_(False)
+    if device.type == "cuda":
+        vae.use_channels_last()
     if args.compile:
         compile_models(generator, vae)
     return Models(generator, vae, lambda prompts: torch.cat([embeddings[prompt] for prompt in prompts]))

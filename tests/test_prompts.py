@@ -93,7 +93,7 @@ def test_prompts_without_a_file_are_checked_alike() -> None:
         return scripts_from_prompts(prompts, num_frames=240, frames_per_block=3, switch_frames=(40,))
 
     assert script(" a ", "b") == Script(("a", "b"), (40,), 240, None, None, 1)
-    with pytest.raises(InputError, match="^prompt 2 is empty$"):
+    with pytest.raises(InputError, match=r"^prompt 2 is empty$"):
         script("a", " ")
     with pytest.raises(InputError, match=r"^has 3 prompts and needs 2 switch frames, the config gives 1$"):
         script("a", "b", "c")
@@ -134,6 +134,7 @@ BAD_LINES = [
     ({**TWO, "switch_frame_indices": 40}, "'switch_frame_indices' must be a list .*, found 40"),
     ({**TWO, "switch_frame_indices": ["40"]}, "a switch frame must be a whole number, found '40'"),
     ({**TWO, "switch_frame_indices": "4x"}, "a switch frame must be a whole number, found '4x'"),
+    ({**TWO, "switch_frame_indices": "4" * 5000}, r"a switch frame must be a whole number, found '4+\.\.\."),
     ({**TWO, "switch_frame_indices": [40.0]}, "a switch frame must be a whole number, found 40.0"),
     ({**TWO, "switch_frame_indices": [True]}, "a switch frame must be a whole number, found True"),
     ({**TWO, "switch_frame_indices": [0]}, "switch frame 0 is outside the video, accepted are 1 to 239"),

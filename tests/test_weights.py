@@ -449,6 +449,13 @@ def test_written_safetensors_hold_any_tensor(tmp_path: Path) -> None:
     assert load_file(tmp_path / "y.safetensors")["scalar"].dtype == torch.int64
 
 
+def test_written_pickle_holds_only_what_it_names(tmp_path: Path) -> None:
+    large = torch.arange(100_000.0)
+    write_pickle(tmp_path / "x.pt", {"view": large[5:8]})
+    assert torch.equal(read_checkpoint(tmp_path / "x.pt")["view"], large[5:8])
+    assert (tmp_path / "x.pt").stat().st_size < 10_000
+
+
 @pytest.mark.parametrize("write", [write_safetensors, write_pickle])
 def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, write: Callable[..., None]) -> None:
     path = tmp_path / "weights"

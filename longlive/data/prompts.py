@@ -18,6 +18,7 @@ import difflib
 import itertools
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -201,7 +202,7 @@ def _frames_of_durations(durations: Any, num_prompts: int, block: int) -> list[i
 def _switch_list(value: Any) -> tuple[int, ...]:
     if isinstance(value, str):
         parts: list[Any] = [part.strip() for part in value.split(",")] if value.strip() else []
-        value = [int(part) if part.isdecimal() else part for part in parts]
+        value = [int(part) if re.fullmatch(r"\d{1,9}", part) else part for part in parts]
     if not isinstance(value, list):
         raise InputError(f"'switch_frame_indices' must be a list such as [40, 80] or \"40, 80\", found {_shown(value)}")
     return tuple(_integer("a switch frame", frame) for frame in value)
