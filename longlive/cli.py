@@ -52,7 +52,7 @@ def exit_code(command: Callable[[], None]) -> int:
         finally:
             _flush_stdout()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        sys.stderr.write("interrupted\n")
         return 130
     except InputError as error:
         return _fail(str(error))
@@ -70,7 +70,7 @@ def exit_code(command: Callable[[], None]) -> int:
 
 
 def _fail(message: str) -> int:
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
     return 2
 
 

@@ -22,7 +22,7 @@ from longlive.models.dit import PRESETS, DiTConfig, WanDiT
 from longlive.models.text_encoder import TextEncoder, TextEncoderConfig, byte_tokens
 from longlive.models.vae import VAEConfig, WanVAE
 from longlive.weights.convert import DTYPES, FILES, wan_dit_config
-from longlive.weights.files import StateDict, atomic_file, write_json, write_pickle, write_safetensors
+from longlive.weights.files import StateDict, atomic_file, write_json, write_safetensors
 from longlive.weights.formats import TEXT_ENCODER
 
 CORPUS = """
@@ -120,7 +120,7 @@ def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
 def write_text_encoder(fake: Fake, config: TextEncoderConfig, path: Path) -> None:
     with torch.device("meta"):
         shapes = TEXT_ENCODER.to_original(TextEncoder(config, byte_tokens).state_dict())
-    write_pickle(path, fake.state_dict(shapes, torch.bfloat16))
+    write_checkpoint(path, fake.state_dict(shapes, torch.bfloat16))
 
 
 def write_tokenizer(folder: Path) -> int:
@@ -163,7 +163,7 @@ def make_fake_weights(
     write_dit(fake, model.dit, folder, model.num_shards, DTYPES[dtype])
     with torch.device("meta"):
         vae_shapes = WanVAE(model.vae).state_dict()
-    write_pickle(folder / files["vae"], fake.state_dict(vae_shapes, torch.float32))
+    write_checkpoint(folder / files["vae"], fake.state_dict(vae_shapes, torch.float32))
     vocab_size = write_tokenizer(folder / files["tokenizer"])
     width = model.dit.text_dim
     text_config = TextEncoderConfig(vocab_size, width, dim_attn=64, dim_ffn=128, num_heads=4, num_layers=2)

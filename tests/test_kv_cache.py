@@ -98,9 +98,11 @@ def test_published_sink_fill_equals_roll(geometry: tuple[int, int, int]) -> None
     window, sink, num = geometry
     model, blocks = tiny_dit(), 2 * window // num
     config = CacheConfig(window, sink, published_sink_fill=True)
-    ring = ring_rollout(model, config, num, blocks, {}, "keep", None)
-    torch.testing.assert_close(ring, roll_rollout(model, config, num, blocks, {}, "keep"), **TOLERANCE)
-    clean_sink = ring_rollout(model, CacheConfig(window, sink), num, blocks, {}, "keep", None)
+    switches = {num: 1, (blocks - 2) * num: 2}
+    for policy in ("keep", "rewrite"):
+        ring = ring_rollout(model, config, num, blocks, switches, policy, None)
+        torch.testing.assert_close(ring, roll_rollout(model, config, num, blocks, switches, policy), **TOLERANCE)
+    clean_sink = ring_rollout(model, CacheConfig(window, sink), num, blocks, switches, policy, None)
     assert (clean_sink - ring).abs().max() > 1e-3
 
 

@@ -354,7 +354,11 @@ def _bad_files() -> dict[str, tuple[str, Callable[[Path], object], str]]:
         ),
         "git lfs": ("x.safetensors", lambda path: path.write_bytes(pointer), "Git LFS pointer"),
         "git lfs pickle": ("x.pt", lambda path: path.write_bytes(pointer), "Git LFS pointer"),
-        "suffix": ("x.ckpt2", lambda path: path.touch(), r"not a checkpoint file; accepted are .*\.safetensors, \.pt"),
+        "suffix": (
+            "x.gguf",
+            lambda path: path.write_text("x"),
+            r"not a checkpoint file; accepted are .*\.safetensors, \.pt",
+        ),
         "index": ("x.index.json", lambda path: path.write_text("{"), "not valid JSON"),
         "index list": ("x.index.json", lambda path: path.write_text("[]"), "expected a JSON object"),
         "index map": ("x.index.json", lambda path: path.write_text("{}"), "no weight_map"),
@@ -628,7 +632,7 @@ def test_convert_refuses_and_writes_nothing(tmp_path: Path, wan: Path, checkpoin
         run_convert(wan, out, "--part", "vae", "--lora", checkpoint)
     with pytest.raises(InputError, match="holds no Wan weights"):
         run_convert(wan / "google", out)
-    with pytest.raises(InputError, match=r"absent: not a checkpoint file"):
+    with pytest.raises(InputError, match=r"absent: cannot read .No such file"):
         run_convert(tmp_path / "absent", out)
     state_dict = tiny_dit(MICRO).state_dict() | {"blocks.1.norm3.bias": torch.zeros(5)}
     write_safetensors(tmp_path / "source" / "diffusion_pytorch_model.safetensors", state_dict)

@@ -12,6 +12,7 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -114,13 +115,25 @@ def _make_batch(
     clock.start()
     with ExitStack() as stack:
         videos = [stack.enter_context(VideoFile(output, session, job, clip)) for job in batch]
+        writer = stack.enter_context(ThreadPoolExecutor(max_workers=1))  # left before the files are closed
+        written: Future[None] | None = None
         for pixels in on_host(play(session, scripts, clip)):
             clock.add(pixels.shape[1])
-            for video, frames in zip(videos, pixels, strict=True):
-                video.write(frames)
-            bar.update(pixels.shape[0] * pixels.shape[1])
+            if written is not None:
+                written.result()
+            written = writer.submit(_write, videos, pixels, bar)
+        if written is not None:
+            written.result()
         for video in videos:
             video.describe({**info, "timings": clock.summary()})
+
+
+def _write(videos: Sequence["VideoFile"], pixels: Tensor, bar: "tqdm[Any]") -> None:
+    """Add pixels [B, V, height, width, 3] to B videos. Runs beside the main thread, which must keep the GPU's queue of
+    kernels full: it holds only a part of a block."""
+    for video, frames in zip(videos, pixels, strict=True):
+        video.write(frames)
+    bar.update(pixels.shape[0] * pixels.shape[1])
 
 
 def load_clip(path: str | None, config: SessionConfig, fps: int) -> Tensor | None:

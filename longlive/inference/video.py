@@ -31,8 +31,9 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 # hybrid_fragmented: fragments while writing, an ordinary indexed mp4 once closed; delay_moov: time stamps from 0.
 _MP4_OPTIONS = {"movflags": "+frag_keyframe+delay_moov+hybrid_fragmented", "flush_packets": "1"}
-# A fixed number of threads, because x264's output depends on it. veryfast: 4x as fast as medium at the same PSNR.
-_H264_OPTIONS = {"preset": "veryfast", "threads": "4"}
+# veryfast: 4x as fast as medium at the same PSNR. x264's output depends on the number of threads and on the CPU (with
+# AVX-512 it even varies from run to run): both are fixed, so that the same frames give the same file everywhere.
+_H264_OPTIONS = {"preset": "veryfast", "threads": "4", "x264-params": "cpu-independent=1"}
 _COLOUR_OPTIONS = {"colorspace": "bt709", "color_primaries": "bt709", "color_trc": "bt709", "color_range": "tv"}
 
 

@@ -50,9 +50,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     read = {".json": _read_shards, ".safetensors": _read_safetensors, **dict.fromkeys(PICKLE_SUFFIXES, _read_pickle)}
+    _check_readable(path)
     if path.suffix not in read:
         raise InputError(f"{path}: not a checkpoint file; accepted are {', '.join(read)}")
-    _check_readable(path)
     return read[path.suffix](path)
 
 
