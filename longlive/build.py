@@ -49,7 +49,6 @@ def run_inference(config: InferenceConfig, explicit: frozenset[str]) -> None:
     """Make the videos that a configuration asks for. explicit: keys typed on the command line."""
     config = choose_model(config, explicit)
     device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device)
     scripts = load_scripts(config)
     folder = Path(config.output_folder)
     check_writable(folder)
@@ -57,7 +56,7 @@ def run_inference(config: InferenceConfig, explicit: frozenset[str]) -> None:
     session_config = make_session_config(config)
     identity = {
         "weights": {name: (path.stat().st_size, path.stat().st_mtime_ns) for name, path in weights.items()},
-        "model": (config.model_name, config.use_ema, config.adapter.alpha, str(dtype)),
+        "model": (config.model_name, config.use_ema, config.adapter.alpha, str(choose_dtype(config.dtype, device))),
         "session": session_config,
         "fps": config.fps,
     }
@@ -68,7 +67,7 @@ def run_inference(config: InferenceConfig, explicit: frozenset[str]) -> None:
         by_index=config.save_with_index,
         identity=identity,
     )
-    models = load_models(config, device, dtype)
+    models = load_models(config, device)
     make_videos(
         models,
         session_config,
@@ -178,8 +177,9 @@ def weight_files(config: InferenceConfig) -> dict[str, Path]:
     return files
 
 
-def load_models(config: InferenceConfig, device: torch.device, dtype: torch.dtype) -> Models:
-    """Generator, VAE and text encoder on `device`, ready for inference."""
+def load_models(config: InferenceConfig, device: torch.device) -> Models:
+    """Generator, VAE and text encoder on `device`, ready for inference. Raises InputError for files that do not fit."""
+    dtype = choose_dtype(config.dtype, device)
     if config.model_name == BUILTIN:
         return builtin_models(config, device, dtype)
     folder = wan_path(config)
@@ -191,6 +191,7 @@ def load_models(config: InferenceConfig, device: torch.device, dtype: torch.dtyp
     load_into(vae, vae_state, folder, dtype)
     text_config, text_state, tokenizer = read_text_encoder(folder)
     with torch.device("meta"):
+        text_config = replace(text_config, text_len=generator.config.text_len)
         encoder = TextEncoder(text_config, load_tokenizer(tokenizer))
     load_text_encoder_state(encoder, text_state, str(folder))
     encoder.to(torch.bfloat16)

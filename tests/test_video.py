@@ -246,9 +246,11 @@ def test_sidecar(tmp_path: Path) -> None:
     text = (tmp_path / "a.json").read_text("utf-8")
     assert json.loads(text) == content
     assert text.splitlines()[1:3] == ['  "prompts": [', '    "狐 🦊"']
+    (tmp_path / "open elsewhere").hardlink_to(tmp_path / "a.json")
     write_sidecar(tmp_path / "a.json", {})
     assert (tmp_path / "a.json").read_text() == "{}\n"
-    assert names(tmp_path) == ["a.json"]
+    assert (tmp_path / "open elsewhere").read_text("utf-8") == text  # replaced at once, not written over
+    assert names(tmp_path) == ["a.json", "open elsewhere"]
 
 
 # Contact sheet ---------------------------------------------------------------------------------------------------
@@ -417,8 +419,9 @@ def test_undecodable_clip_is_named_in_one_line(tmp_path: Path, name: str) -> Non
         data = (tmp_path / f"a.{kind}").read_bytes()
         (tmp_path / f"text.{kind}").write_text("not a picture")
         (tmp_path / f"cut.{kind}").write_bytes(data[: len(data) // 2])
-    picture = (tmp_path / "a.png").read_bytes()
-    (tmp_path / "damaged.png").write_bytes(picture.replace(b"IDAT", b"\x00\x01\xff~"))
+    picture = bytearray((tmp_path / "a.png").read_bytes())
+    picture[picture.index(b"IDAT") - 2] //= 2  # a shorter length: the next block begins amid the data
+    (tmp_path / "damaged.png").write_bytes(picture)
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=48_000, layout="mono")
         sound = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")

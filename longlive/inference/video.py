@@ -74,7 +74,7 @@ class VideoWriter:
         assert frames.shape[1:] == (self._stream.height, self._stream.width, 3), frames.shape
         with _reporting_write_errors(self.path):
             for pixels in frames.cpu().numpy():
-                rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+                rgb = av.VideoFrame.from_ndarray(pixels, format="rgb24")
                 frame = rgb.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
                 frame.pts, frame.time_base = self.num_frames, self._time_base
                 self._container.mux(self._stream.encode(frame))
