@@ -29,6 +29,7 @@ from longlive.models.text_encoder import (
     byte_tokens,
     load_text_encoder_state,
     load_tokenizer,
+    offload,
 )
 from longlive.models.vae import VAEConfig, WanVAE
 from longlive.rollout import SamplerConfig
@@ -242,7 +243,9 @@ def assemble(
         module.to(device, dtype).eval().requires_grad_(False)
     if device.type == "cuda":
         vae.use_channels_last()
-    if not config.low_memory:
+    if config.low_memory and device.type == "cuda":
+        offload(encoder, device)
+    else:
         encoder.to(device)
     if config.compile:
         compile_models(generator, vae)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from longlive.data.prompts import Script, read_scripts, scripts_from_prompts
+from longlive.data.prompts import Script, make_script, read_scripts
 from longlive.errors import InputError
 
 EXAMPLES = Path(__file__).parent.parent / "example"
@@ -90,7 +90,7 @@ def test_durations_are_rounded_to_blocks(tmp_path: Path, durations: list[float],
 
 def test_prompts_without_a_file_are_checked_alike() -> None:
     def script(*prompts: str) -> Script:
-        return scripts_from_prompts(prompts, num_frames=240, frames_per_block=3, switch_frames=(40,))
+        return make_script(prompts, num_frames=240, frames_per_block=3, switch_frames=(40,))
 
     assert script(" a ", "b") == Script(("a", "b"), (40,), 240, None, None, 1)
     with pytest.raises(InputError, match=r"^prompt 2 is empty$"):

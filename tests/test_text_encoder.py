@@ -23,6 +23,7 @@ from longlive.models.text_encoder import (
     clean_text,
     load_text_encoder_state,
     load_tokenizer,
+    offload,
     original_names,
 )
 
@@ -351,16 +352,24 @@ def test_cache_forgets_the_least_recently_used() -> None:
     assert calls == ["e", "d"]
 
 
+def test_offloaded_weights_give_the_same_embeddings() -> None:
+    encoder, device = build(), torch.device("cpu")
+    expected = encoder(PROMPTS, device)
+    offload(encoder, device)
+    for _ in range(2):
+        assert torch.equal(encoder(PROMPTS, device), expected)
+        assert all(parameter.is_meta for parameter in encoder.parameters()), "weights stay away between calls"
+
+
 @pytest.mark.gpu
 def test_low_memory_leaves_nothing_on_the_gpu() -> None:
-    encoder = build()
-    device = torch.device("cuda")
-    expected = encoder(PROMPTS)
+    encoder, device = build(), torch.device("cuda")
+    expected = encoder(PROMPTS, torch.device("cpu"))
+    offload(encoder, device)
     baseline = torch.cuda.memory_allocated(device)
     embeddings = PromptCache(encoder, device)(PROMPTS)
     assert embeddings.device.type == "cuda"
-    assert all(parameter.device.type == "cpu" for parameter in encoder.parameters())
-    assert torch.cuda.memory_allocated(device) - baseline < sum(p.numel() * 4 for p in encoder.parameters())
+    assert torch.cuda.memory_allocated(device) - baseline < 4 * embeddings.numel() * embeddings.itemsize
     torch.testing.assert_close(embeddings.cpu(), expected, atol=1e-4, rtol=0)
 
 

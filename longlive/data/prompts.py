@@ -78,21 +78,13 @@ def read_scripts(
     return scripts
 
 
-def scripts_from_prompts(
-    prompts: Sequence[str], *, num_frames: int, frames_per_block: int, switch_frames: Sequence[int] | None
-) -> Script:
-    """One video of `prompts` that come from no file, checked like a line of one. Raises `InputError`."""
-    checked = _prompts({"prompts": list(prompts)})
-    switches, length = _timing({}, len(checked), num_frames, frames_per_block, switch_frames)
-    return Script(checked, switches, length, seed=None, start_from=None, line=1)
-
-
 def make_script(
     prompts: Sequence[str], *, num_frames: int, frames_per_block: int, switch_frames: Sequence[int] | None
 ) -> Script:
-    """The script of prompts that are not in a file; `num_frames` and `switch_frames` as for `read_scripts`."""
-    switches, length = _timing({}, len(prompts), num_frames, frames_per_block, switch_frames)
-    return Script(tuple(prompts), switches, length, seed=None, start_from=None, line=1)
+    """The script of prompts that are in no file, checked like a line of one. Raises `InputError`."""
+    checked = _prompts({"prompts": list(prompts)})
+    switches, length = _timing({}, len(checked), num_frames, frames_per_block, switch_frames)
+    return Script(checked, switches, length, seed=None, start_from=None, line=1)
 
 
 def _read_lines(path: Path) -> list[str]:

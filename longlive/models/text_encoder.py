@@ -13,9 +13,9 @@ from pathlib import Path
 
 import ftfy
 import torch
+from accelerate import cpu_offload
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import UMT5Config, UMT5EncoderModel
 
 from longlive.errors import InputError
@@ -133,19 +133,25 @@ class TextEncoder(nn.Module):
         hidden: Tensor = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         return hidden
 
-    def forward(self, prompts: Sequence[str]) -> Tensor:
-        """Prompt embeddings `[B, L, D]`, zero past the end of each prompt, as the DiT expects them."""
-        device = self.encoder.embed_tokens.weight.device
+    def forward(self, prompts: Sequence[str], device: torch.device | None = None) -> Tensor:
+        """Prompt embeddings `[B, L, D]`, zero past the end of each prompt, as the DiT expects them.
+
+        device: where to compute, if `offload` brings the weights there; by default where they are.
+        """
+        device = device or self.encoder.embed_tokens.weight.device
         ids, mask = (tensor.to(device) for tensor in self.token_ids(prompts))
         return self.encode_ids(ids, mask).masked_fill(~mask[..., None], 0.0)
+
+
+def offload(encoder: TextEncoder, device: torch.device) -> None:
+    """Keep the weights on the CPU; each layer's are on `device` only while it computes there."""
+    cpu_offload(encoder.encoder, device, preload_module_classes=["UMT5Block"])
 
 
 class PromptCache:
     """Embeddings of the most recently used prompts, computed and kept on `device`.
 
-    The encoder's parameters stay where they are. Those that live elsewhere are copied to `device` for the time of
-    encoding only: an encoder left on the CPU is what `low_memory` means. Each prompt is encoded alone, so that its
-    embedding does not depend on its neighbours.
+    Each prompt is encoded alone, so that its embedding does not depend on its neighbours.
     """
 
     def __init__(self, encoder: TextEncoder, device: torch.device, max_prompts: int = 64) -> None:
@@ -165,10 +171,7 @@ class PromptCache:
         return stacked
 
     def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
-        if not prompts:
-            return {}
-        weights = {name: weight.to(self.device) for name, weight in self.encoder.named_parameters()}
-        return {prompt: functional_call(self.encoder, weights, ([prompt],))[0] for prompt in prompts}
+        return {prompt: self.encoder([prompt], self.device)[0] for prompt in prompts}
 
 
 EMBEDDING = "encoder.embed_tokens.weight"
