@@ -3,11 +3,10 @@
 import pytest
 import torch
 from golden_fixture import Case, load_case
-from test_golden_core import dit_config
+from test_golden_core import cache_config, dit_config
 from torch import Tensor
 
 from longlive.models.dit import WanDiT
-from longlive.models.kv_cache import CacheConfig
 from longlive.weights.files import StateDict, load_into, read_checkpoint
 from longlive.weights.formats import select_network
 from longlive.weights.lora import attach_lora, merge_lora, read_lora
@@ -29,13 +28,13 @@ def network(case: Case, file: str, name: str = "generator") -> StateDict:
 def cached_forward(case: Case, model: WanDiT) -> Tensor:
     """Per block a noisy pass, then a clean one, one block past the window; the clean flow of the last two blocks."""
     window, num = case.config["window"], case.config["nf"]
-    cache = model.new_cache(CacheConfig(window, case.config["sink"]), 1, *case.config["latent"])
+    cache = model.new_cache(cache_config(case.config, infinity=False), 1, *case.config["latent"])
     text = case.input("prompt0")
     flows = []
-    for start in range(0, window + num, num):
-        plan, span = cache.plan(start, num), slice(start, start + num)
-        model(case.input("noise")[:, span], torch.tensor([937.5]), text, cache=cache, plan=plan)
-        flows.append(model(case.input("renoise")[0][:, span], torch.zeros(1), text, cache=cache, plan=plan))
+    for start in range(0, (window // num + 1) * num, num):
+        (first, later), span = cache.plan_block(start, num), slice(start, start + num)
+        model(case.input("noise")[:, span], torch.tensor([937.5]), text, cache=cache, plan=first)
+        flows.append(model(case.input("renoise")[0][:, span], torch.zeros(1), text, cache=cache, plan=later))
     return torch.cat(flows[-2:], dim=1)
 
 

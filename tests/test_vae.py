@@ -89,7 +89,8 @@ def golden_vae(case: Case) -> WanVAE:
 
 
 def golden_pixels(case: Case) -> Tensor:
-    return case.input("pixels").transpose(1, 2)
+    pixels = case.input("pixels").transpose(1, 2)
+    return pixels[:, : 1 + (pixels.shape[1] - 1) // 4 * 4]  # the published encoder ignores the rest, ours refuses it
 
 
 GOLDEN_OUTPUTS: dict[str, Callable[[WanVAE, Case], Tensor]] = {

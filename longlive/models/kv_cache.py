@@ -136,6 +136,7 @@ class KVCache:
         num_sink_written = num_sink if sink == "rewrite" else max(0, min(num_sink, end) - first)
         frames = torch.arange(start_frame, end, device=self.device)
         slots = self._slots(frames[first - start_frame :])
+        assert len(slots) - num_sink_written <= self.capacity_frames - num_sink, "the pass is longer than the ring"
         if sink == "rewrite":
             slots[:num_sink] = torch.arange(num_sink, device=slots.device)
         return CachePlan(
