@@ -52,6 +52,7 @@ class Sampler:
         self.config = config
         self.timesteps: list[float] = steps.tolist()
         self.sigmas: list[float] = schedule.sigma_at(steps).tolist()
+        self.context_sigma: float = schedule.sigma_at(torch.tensor(config.context_timestep)).item()
 
 
 def constant_timesteps(latents: Tensor, timestep: float) -> Tensor:
@@ -59,7 +60,20 @@ def constant_timesteps(latents: Tensor, timestep: float) -> Tensor:
     return torch.full((latents.shape[0], 1), timestep, device=latents.device)
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class BlockTraining:
+    """How a block is made in training (Self-Forcing).
+
+    exit_step: the last step made, whose x0 is the result. prompt_embeds [B, L, text_dim]: make that step with gradient,
+    the prompt's projections included, or None. context_noise: noise of the block's shape, added at the level of the
+    context timestep to what enters the cache, or None.
+    """
+
+    exit_step: int
+    prompt_embeds: Tensor | None = None
+    context_noise: Tensor | None = None
+
+
 def denoise_block(
     model: WanDiT,
     noise: Tensor,
@@ -68,21 +82,36 @@ def denoise_block(
     start_frame: int,
     sampler: Sampler,
     renoise: RenoiseFn,
+    training: BlockTraining | None = None,
 ) -> Tensor:
     """Turn noise [B, F, C, height, width] into the clean latents of frames start_frame.. and remember them.
 
     For every step predict x0, then renoise it to the next level; last, one clean pass whose only purpose is to leave
-    clean keys and values in the cache.
+    clean keys and values in the cache. Only the exit step of training has a gradient, and none through the cache.
     """
-    first_plan, plan = cache.plan_block(start_frame, noise.shape[1])
+    num_frames = noise.shape[1]
+    num_steps = len(sampler.timesteps) if training is None else training.exit_step + 1
+    gradient_text = None if training is None else training.prompt_embeds
+    first_plan, plan = cache.plan_block(start_frame, num_frames)
     xt, x0 = noise, noise
-    for step, (timestep, sigma) in enumerate(zip(sampler.timesteps, sampler.sigmas, strict=True)):
+    for step in range(num_steps):
+        timestep, sigma = sampler.timesteps[step], sampler.sigmas[step]
         if step > 0:
             xt = add_noise(x0, renoise(step - 1), sigma)
-        step_plan = first_plan if step == 0 else plan
-        flow = model(xt, constant_timesteps(xt, timestep), text, cache=cache, plan=step_plan)
+        timesteps = constant_timesteps(xt, timestep)
+        if step == num_steps - 1 and gradient_text is not None:
+            gradient_plan = cache.plan_gradient(start_frame, num_frames)
+            flow = model(xt, timesteps, gradient_text, cache=cache, plan=gradient_plan)
+        else:
+            with torch.no_grad():
+                flow = model(xt, timesteps, text, cache=cache, plan=first_plan if step == 0 else plan)
         x0 = flow_to_x0(flow, xt, sigma)
-    model.remember(x0, constant_timesteps(x0, sampler.config.context_timestep), text, cache=cache, plan=plan)
+    with torch.no_grad():
+        context = x0
+        if training is not None and training.context_noise is not None:
+            context = add_noise(x0, training.context_noise, sampler.context_sigma)
+        timesteps = constant_timesteps(x0, sampler.config.context_timestep)
+        model.remember(context, timesteps, text, cache=cache, plan=plan)
     return x0
 
 
@@ -148,11 +177,11 @@ class Rollout:
             timestep = self.sampler.config.context_timestep
             recache(self.model, self.recent, self.num_frames, text, self.cache, self.policy, timestep)
 
-    def next_block(self, noise: Tensor, renoise: RenoiseFn) -> Tensor:
+    def next_block(self, noise: Tensor, renoise: RenoiseFn, training: BlockTraining | None = None) -> Tensor:
         """Make the next frames from noise [B, F, C, height, width]; returns their clean latents."""
         assert self.text is not None, "set_text comes before next_block"
-        x0 = denoise_block(self.model, noise, self.text, self.cache, self.num_frames, self.sampler, renoise)
-        self._append(x0)
+        x0 = denoise_block(self.model, noise, self.text, self.cache, self.num_frames, self.sampler, renoise, training)
+        self._append(x0.detach())
         return x0
 
     @torch.no_grad()

@@ -59,7 +59,8 @@ class CachePlan:
 
     frames: [F] positions of the pass's frames; slots: [tokens] where its tokens go, after the first `num_skipped`
     tokens, which are not stored; num_sink_tokens: how many of those stored belong to the sink (they come first);
-    visible: the tokens seen, as the length of a prefix or as indices; sink_shift: by how much the sink is moved.
+    visible: the tokens seen, as the length of a prefix or as indices; sink_shift: by how much the sink is moved;
+    past: of a pass that stores nothing, the tokens seen besides its own.
     """
 
     frames: Tensor
@@ -68,6 +69,7 @@ class CachePlan:
     num_sink_tokens: int
     visible: int | Tensor
     sink_shift: int
+    past: Tensor | None = None
 
 
 @dataclass
@@ -81,6 +83,9 @@ class LayerCache:
 
     def update(self, raw_k: Tensor, k: Tensor, v: Tensor, plan: CachePlan) -> tuple[Tensor, Tensor]:
         """Store a pass's keys (unrotated, rotated) and values [B, H, tokens, D]; all it sees: [B, H, keys, D]."""
+        if plan.past is not None:
+            past_k, past_v = self.k.index_select(2, plan.past), self.v.index_select(2, plan.past)
+            return torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
         self.k.index_copy_(2, plan.slots, k[:, :, plan.num_skipped :])
         self.v.index_copy_(2, plan.slots, v[:, :, plan.num_skipped :])
         if self.sink_k.shape[2] and plan.num_sink_tokens:
@@ -154,6 +159,25 @@ class KVCache:
         if not self.config.published_sink_fill or start_frame == 0:
             return first, first
         return first, self.plan(start_frame, num_frames, sink="keep")
+
+    def plan_gradient(self, start_frame: int, num_frames: int) -> CachePlan:
+        """Plan a pass with gradient: it sees what `plan` would show it, stores nothing, and the past gets no gradient.
+
+        When activations are recomputed in the backward pass the past must still be there: the ring must hold the window
+        and all frames that are made before that.
+        """
+        num_sink, end = self.config.sink_frames, start_frame + num_frames
+        oldest = 0 if self.config.window_frames == -1 else max(0, end - (self.config.window_frames - num_sink))
+        frames = torch.arange(start_frame, device=self.device)
+        return CachePlan(
+            frames=torch.arange(start_frame, end, device=self.device),
+            slots=frames[:0],
+            num_skipped=0,
+            num_sink_tokens=0,
+            visible=0,
+            sink_shift=self._sink_shift(end),
+            past=self._tokens(self._slots(frames[(frames < num_sink) | (frames >= oldest)])),
+        )
 
     def move_sink(self, table: Tensor, plan: CachePlan) -> None:
         """Rotate the sink's keys of every layer to the positions of `plan`, whose RoPE is `table`."""
