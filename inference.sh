@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
 # One video per prompt. Options: bash inference.sh --help. Several GPUs: NUM_GPUS=4 bash inference.sh ...
-exec bash "$(dirname "${BASH_SOURCE[0]}")/scripts/launch.sh" inference "$@"
+exec bash "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/scripts/launch.sh" inference "$@"

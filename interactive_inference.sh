@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
 # Videos whose prompt changes as they run. Options: bash interactive_inference.sh --help. Several GPUs: NUM_GPUS=4 bash ...
-exec bash "$(dirname "${BASH_SOURCE[0]}")/scripts/launch.sh" interactive "$@"
+exec bash "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/scripts/launch.sh" interactive "$@"

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 import longlive
-from longlive.config import InferenceConfig, to_dict
+from longlive.config import ROOT, InferenceConfig, to_dict
 from longlive.data.prompts import Script, make_script, read_scripts
 from longlive.distributed import is_main, local_rank, rank, shard, world_size
 from longlive.errors import InputError
-from longlive.inference.pipeline import OutputConfig, make_videos, plan_jobs
+from longlive.inference.pipeline import OutputConfig, load_clip, make_videos, missing_jobs, plan_jobs
 from longlive.inference.session import Models, SessionConfig
 from longlive.inference.video import check_writable
 from longlive.models.attention import select_attention
@@ -27,14 +27,25 @@ from longlive.models.text_encoder import (
     TextEncoder,
     TextEncoderConfig,
     byte_tokens,
-    load_text_encoder_state,
     load_tokenizer,
     offload,
 )
 from longlive.models.vae import VAEConfig, WanVAE
 from longlive.rollout import SamplerConfig
-from longlive.weights.files import load_into, read_checkpoint
-from longlive.weights.formats import DIT, find_weights, read_dit, read_text_encoder, read_vae, select_network
+from longlive.weights.files import fingerprint, load_into
+from longlive.weights.formats import (
+    DIT,
+    PARTS,
+    TEXT_ENCODER,
+    VAE,
+    find_weights,
+    load_text_encoder,
+    read_dit,
+    read_generator,
+    read_text_encoder,
+    read_vae,
+)
+from longlive.weights.formats import weight_files as wan_files
 from longlive.weights.lora import attach_lora, check_rank, merge_lora, read_lora
 
 log = logging.getLogger(__name__)
@@ -43,7 +54,13 @@ BUILTIN = "tiny"
 """`model_name` of the built-in model, which needs no files."""
 BUILTIN_VAE = VAEConfig(base_dim=8)
 BUILTIN_HEIGHT_PX, BUILTIN_WIDTH_PX = 64, 96
-WEIGHT_KEYS = ("model_name", "wan_folder", "generator_ckpt", "lora_ckpt")
+PUBLISHED_WEIGHTS = {
+    "model_name": "Wan2.1-T2V-1.3B",
+    "wan_folder": str(ROOT / "wan_models"),
+    "generator_ckpt": str(ROOT / "longlive_models/models/longlive_base.pt"),
+    "lora_ckpt": str(ROOT / "longlive_models/models/lora.pt"),
+}
+"""What the shipped configurations name and `scripts/download_weights.sh` fetches."""
 
 
 def run_inference(config: InferenceConfig, explicit: frozenset[str]) -> None:
@@ -53,35 +70,36 @@ def run_inference(config: InferenceConfig, explicit: frozenset[str]) -> None:
     scripts = load_scripts(config)
     folder = Path(config.output_folder)
     check_writable(folder)
-    weights = weight_files(config)
+    weights = {str(path): fingerprint(path) for path in weight_files(config)}
     session_config = make_session_config(config)
-    identity = {
-        "weights": {name: (path.stat().st_size, path.stat().st_mtime_ns) for name, path in weights.items()},
-        "model": (config.model_name, config.use_ema, config.adapter.alpha, str(choose_dtype(config.dtype, device))),
-        "session": session_config,
-        "fps": config.fps,
-    }
     jobs = plan_jobs(
         scripts,
         num_samples=config.num_samples,
         seed=config.seed,
         by_index=config.save_with_index,
-        identity=identity,
-    )
-    models = load_models(config, device)
-    make_videos(
-        models,
-        session_config,
-        OutputConfig(folder, config.fps, config.crf, config.contact_sheet, config.overwrite),
-        shard(jobs, rank(), world_size()),
-        batch_size=config.batch_size,
-        info={
-            "config": to_dict(config),
-            "weights": {k: str(v) for k, v in weights.items()},
-            "versions": versions(device),
+        identity={
+            "weights": list(weights.values()),
+            "model": (config.model_name, config.use_ema, config.adapter.alpha, str(choose_dtype(config.dtype, device))),
+            "session": session_config,
+            "file": (config.fps, config.crf),
         },
-        progress=is_main(),
     )
+    output = OutputConfig(folder, config.fps, config.crf, config.contact_sheet, config.overwrite)
+    missing = missing_jobs(shard(jobs, rank(), world_size()), output)
+    for clip in {job.script.start_from for job in missing}:
+        load_clip(clip, session_config, config.fps)  # only to see now whether it can be read
+    if missing:
+        info = {"config": to_dict(config), "weights": weights, "versions": versions(device)}
+        make_videos(
+            load_models(config, device),
+            session_config,
+            output,
+            missing,
+            batch_size=config.batch_size,
+            info=info,
+            progress=is_main(),
+        )
+        log.info("%d videos made in %s", len(missing), folder)
 
 
 def choose_model(config: InferenceConfig, explicit: frozenset[str]) -> InferenceConfig:
@@ -91,11 +109,12 @@ def choose_model(config: InferenceConfig, explicit: frozenset[str]) -> Inference
     """
     wanted = [wan_path(config), *(Path(path) for path in (config.generator_ckpt, config.lora_ckpt) if path)]
     if config.model_name != BUILTIN:
-        if any(path.exists() for path in wanted) or explicit.intersection(WEIGHT_KEYS):
+        is_own = any(getattr(config, key) not in (None, value) for key, value in PUBLISHED_WEIGHTS.items())
+        if is_own or explicit.intersection(PUBLISHED_WEIGHTS) or any(path.exists() for path in wanted):
             return config
         log.warning(
             "No weights found at %s: using the tiny built-in model, which is not trained yet and shows coloured noise, "
-            "for the first video only. `bash scripts/download_weights.sh` fetches the real weights.",
+            "for the first video only (inference_iter=-1: for all). The real weights: bash scripts/download_weights.sh",
             wanted[0],
         )
     small = {"height": BUILTIN_HEIGHT_PX, "width": BUILTIN_WIDTH_PX, "inference_iter": 1}
@@ -126,17 +145,20 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def load_scripts(config: InferenceConfig) -> list[Script]:
     """The videos asked for, from `prompt` or from the file `data_path`."""
-    num_frames, block = config.num_output_frames, config.num_frame_per_block
-    switches = config.switch_frame_indices or None
+    timing: dict[str, Any] = {
+        "num_frames": config.num_output_frames,
+        "frames_per_block": config.num_frame_per_block,
+        "switch_frames": config.switch_frame_indices or None,
+        "fps": config.fps,
+    }
     if config.prompts:
-        script = make_script(config.prompts, num_frames=num_frames, frames_per_block=block, switch_frames=switches)
-        scripts = [script]
+        scripts = [make_script(config.prompts, **timing)]
     else:
-        path = config.data_path
-        scripts = read_scripts(path, num_frames=num_frames, frames_per_block=block, switch_frames=switches)
+        limit = None if config.inference_iter == -1 else config.inference_iter
+        scripts = read_scripts(config.data_path, **timing, limit=limit)
     if config.start_from is not None:
         scripts = [replace(script, start_from=script.start_from or config.start_from) for script in scripts]
-    return scripts if config.inference_iter == -1 else scripts[: config.inference_iter]
+    return scripts
 
 
 def make_session_config(config: InferenceConfig) -> SessionConfig:
@@ -164,10 +186,10 @@ def wan_path(config: InferenceConfig) -> Path:
     return diffusers if diffusers.exists() and not path.exists() else path
 
 
-def weight_files(config: InferenceConfig) -> dict[str, Path]:
-    """The files and folders that the models come from; raises InputError for one that is not there."""
+def weight_files(config: InferenceConfig) -> list[Path]:
+    """The files that the models come from; raises InputError for one that is not there."""
     if config.model_name == BUILTIN:
-        return {}
+        return []
     named = {"wan": wan_path(config), "generator_ckpt": config.generator_ckpt, "lora_ckpt": config.lora_ckpt}
     files = {name: Path(path) for name, path in named.items() if path is not None}
     for name, path in files.items():
@@ -175,7 +197,9 @@ def weight_files(config: InferenceConfig) -> dict[str, Path]:
             raise InputError(
                 f"{name}: {path} does not exist; bash scripts/download_weights.sh fetches the published weights"
             )
-    return files
+    wan = files.pop("wan")
+    parts = (VAE, TEXT_ENCODER) if "generator_ckpt" in files else PARTS.values()
+    return [*wan_files(wan, parts), *(find_weights(DIT, path) for path in files.values())]
 
 
 def load_models(config: InferenceConfig, device: torch.device) -> Models:
@@ -194,29 +218,29 @@ def load_models(config: InferenceConfig, device: torch.device) -> Models:
     with torch.device("meta"):
         text_config = replace(text_config, text_len=generator.config.text_len)
         encoder = TextEncoder(text_config, load_tokenizer(tokenizer))
-    load_text_encoder_state(encoder, text_state, str(folder))
-    encoder.to(torch.bfloat16)
+    load_text_encoder(encoder, text_state, folder, torch.bfloat16)
     return assemble(config, generator, vae, encoder, device, dtype)
 
 
 def load_generator(config: InferenceConfig, device: torch.device, dtype: torch.dtype) -> WanDiT:
     """The causal generator: Wan's sizes, the checkpoint's weights, the LoRA merged in or attached."""
-    folder = wan_path(config)
-    source = config.generator_ckpt or folder
-    dit_config, state = read_dit(folder)
-    if config.generator_ckpt is not None:
-        file = find_weights(DIT, config.generator_ckpt)
-        state = select_network(read_checkpoint(file), file, "generator_ema" if config.use_ema else "generator")
-    lora = None if config.lora_ckpt is None else read_lora(config.lora_ckpt)
-    if lora is not None and config.lora_ckpt is not None:
-        check_rank(lora, config.adapter.rank, config.lora_ckpt)
-        if config.merge_lora:
-            state = merge_lora(state, lora, config.adapter.alpha, config.lora_ckpt)
+    attention = select_attention(config.attention, device, dtype)
+    folder, adapter = wan_path(config), config.adapter
+    lora_path, lora = config.lora_ckpt or "", None if config.lora_ckpt is None else read_lora(config.lora_ckpt)
+    if lora is not None:
+        check_rank(lora, adapter.rank, lora_path)
+    if config.generator_ckpt is None:
+        dit_config, state = read_dit(folder)
+    else:
+        network = "generator_ema" if config.use_ema else "generator"
+        dit_config, state = read_generator(Path(config.generator_ckpt), folder, network)
+    if lora is not None and config.merge_lora:
+        state = merge_lora(state, lora, adapter.alpha, lora_path, dtype)
     with torch.device("meta"):
-        generator = WanDiT(dit_config, select_attention(config.attention, device, dtype))
-    load_into(generator, state, source, dtype)
+        generator = WanDiT(dit_config, attention)
+    load_into(generator, state, config.generator_ckpt or folder, dtype)
     if lora is not None and not config.merge_lora:
-        attach_lora(generator, config.adapter.rank, config.adapter.alpha, lora, config.lora_ckpt or "")
+        attach_lora(generator, adapter.rank, adapter.alpha, lora, lora_path)
     return generator
 
 
@@ -254,6 +278,7 @@ def assemble(
 
 def compile_models(generator: WanDiT, vae: WanVAE) -> None:
     """Compile one transformer block, which serves all layers, and the decoder."""
+    torch._dynamo.config.recompile_limit = 64  # a window filling up, several batch sizes, switches: each its own graph
     for block in generator.blocks:
         block.compile()
     vae.decoder.compile()

@@ -20,7 +20,12 @@ from longlive.distributed import is_main
 from longlive.errors import InputError
 
 USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
-OUT_OF_MEMORY = "out of GPU memory; try low_memory=true, batch_size=1, or a smaller height and width"
+MEMORY_SIGNS = (
+    "out of memory",
+    "can't allocate memory",
+    "STATUS_ALLOC_FAILED",
+)  # as CUDA, the CPU and libraries say it
+OUT_OF_MEMORY = "out of memory; try low_memory=true, batch_size=1, or a smaller height and width"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -52,7 +57,7 @@ def exit_code(command: Callable[[], None]) -> int:
         finally:
             _flush_stdout()
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
+        sys.stderr.write("interrupted; the same command goes on at the first video that is not complete\n")
         return 130
     except InputError as error:
         return _fail(str(error))
@@ -63,7 +68,7 @@ def exit_code(command: Callable[[], None]) -> int:
     except RuntimeError as error:
         import torch
 
-        if not isinstance(error, torch.OutOfMemoryError):
+        if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in MEMORY_SIGNS):
             raise
         return _fail(OUT_OF_MEMORY)
     return 0

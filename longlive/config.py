@@ -164,7 +164,11 @@ class InferenceConfig(Section):
     overwrite: bool = setting(False, "make videos again that exist already, instead of skipping them")
     save_with_index: bool = setting(True, "file names by prompt number; false = by the prompt's words")
     contact_sheet: bool = setting(True, "also write a PNG with frames of the video")
-    inference_iter: int = setting(-1, "how many prompts of data_path to run; -1 = all", at_least(-1))
+    inference_iter: int = setting(
+        -1,
+        "how many prompts of data_path to run; -1 = all",
+        Rule("-1 or at least 1", lambda value: value == -1 or value >= 1),
+    )
     num_samples: int = setting(1, "videos per prompt, each with its own noise", at_least(1))
     seed: int = setting(0, "seed of the noise", between(0, 2**63 - 1))
     batch_size: int = setting(1, "videos made at the same time", at_least(1))
@@ -324,9 +328,8 @@ def _find_key(keys: Mapping[str, Key], name: str, source: str) -> Key:
     if inside:
         raise InputError(f"{source}'{name}' is a section of keys: {', '.join(inside)}")
     spellings = {key.rpartition(".")[2]: key for key in keys} | {key: key for key in keys}
-    close = difflib.get_close_matches(name, spellings, n=1)
-    hint = f"did you mean '{spellings[close[0]]}'?" if close else "--help lists all keys"
-    raise InputError(f"{source}unknown key '{name}'; {hint}")
+    nearest = difflib.get_close_matches(name, spellings, n=1, cutoff=0)[0]
+    raise InputError(f"{source}unknown key '{name}'; did you mean '{spellings[nearest]}'?")
 
 
 def _merge(config: Any, key: Key, value: Any, source: str) -> Any:

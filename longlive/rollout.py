@@ -205,6 +205,7 @@ class Rollout:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go back to a copy made by `state`, which stays usable."""
+        del self.cache  # before the copy: it may fill half of the GPU
         self.cache = copy.deepcopy(state["cache"])
         self.text, self.recent, self.num_frames = state["text"], state["recent"], state["num_frames"]
 

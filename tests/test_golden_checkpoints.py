@@ -1,8 +1,10 @@
 """Golden case 12: base, trainer and LoRA files give the models they describe."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from golden_fixture import Case, load_case
+from golden_fixture import Case, parts
 from test_golden_core import cache_config, dit_config
 from torch import Tensor
 
@@ -13,6 +15,16 @@ from longlive.weights.lora import attach_lora, merge_lora, read_lora
 
 pytestmark = pytest.mark.golden
 
+# The checkpoint file and the network in it that an output is made with.
+SOURCES = {
+    "base": ("ode_init.pt", "generator"),
+    "ema": ("trainer_model.pt", "generator_ema"),
+    "critic": ("trainer_model.pt", "critic"),
+    "lora_init": ("ode_init.pt", "generator"),
+    "lora": ("ode_init.pt", "generator"),
+    "critic_lora": ("trainer_model.pt", "critic"),
+}
+
 
 def model_with(case: Case, state: StateDict) -> WanDiT:
     model = WanDiT(dit_config(case.config["model"]))
@@ -20,7 +32,7 @@ def model_with(case: Case, state: StateDict) -> WanDiT:
     return model.eval().requires_grad_(False)
 
 
-def network(case: Case, file: str, name: str = "generator") -> StateDict:
+def network(case: Case, file: str, name: str) -> StateDict:
     path = case.path / file
     return select_network(read_checkpoint(path), path, name)
 
@@ -28,7 +40,7 @@ def network(case: Case, file: str, name: str = "generator") -> StateDict:
 def cached_forward(case: Case, model: WanDiT) -> Tensor:
     """Per block a noisy pass, then a clean one, one block past the window; the clean flow of the last two blocks."""
     window, num = case.config["window"], case.config["nf"]
-    cache = model.new_cache(cache_config(case.config, infinity=False), 1, *case.config["latent"])
+    cache = model.new_cache(cache_config(case.config), 1, *case.config["latent"])
     text = case.input("prompt0")
     flows = []
     for start in range(0, (window // num + 1) * num, num):
@@ -42,42 +54,29 @@ def score_forward(case: Case, model: WanDiT) -> Tensor:
     return model(case.input("noise")[:, : case.config["nf"]], torch.tensor([500.0]), case.input("prompt0"))
 
 
-def test_base() -> None:
-    case = load_case("12_checkpoints")
-    case.check("base", cached_forward(case, model_with(case, network(case, "ode_init.pt"))))
+def models(case: Case, output: str) -> list[WanDiT]:
+    """The models that must give an output; with a trained LoRA two: merged into the weights, and attached."""
+    file, name = SOURCES[output]
+    state = network(case, file, name)
+    if "lora" not in output:
+        return [model_with(case, state)]
+    rank, alpha, path = case.config["lora"]["rank"], case.config["lora"]["alpha"], case.path / "lora.pt"
+    attached = model_with(case, state)
+    if output == "lora_init":
+        attach_lora(attached, rank, alpha)
+        return [attached]
+    lora = read_lora(path, name)
+    attach_lora(attached, rank, alpha, lora, path)
+    return [model_with(case, merge_lora(state, lora, alpha, path)), attached]
 
 
-def test_ema() -> None:
-    case = load_case("12_checkpoints")
-    state = network(case, "trainer_model.pt", "generator_ema")
-    case.check("ema", cached_forward(case, model_with(case, state)))
+def forward_outputs(case: Case) -> list[str]:
+    return [output for output in case.outputs if not output.startswith("ema_shadow")]
 
 
-def test_critic() -> None:
-    case = load_case("12_checkpoints")
-    case.check("critic", score_forward(case, model_with(case, network(case, "trainer_model.pt", "critic"))))
-
-
-@pytest.mark.parametrize("merged", [True, False], ids=["merged", "attached"])
-def test_lora(merged: bool) -> None:
-    case = load_case("12_checkpoints")
-    rank, alpha = case.config["lora"]["rank"], case.config["lora"]["alpha"]
-    path = case.path / "lora.pt"
-    for name, file, forward in (
-        ("generator", "ode_init.pt", cached_forward),
-        ("critic", "trainer_model.pt", score_forward),
-    ):
-        state, lora = network(case, file, name), read_lora(path, name)
-        if merged:
-            model = model_with(case, merge_lora(state, lora, alpha, path))
-        else:
-            model = model_with(case, state)
-            attach_lora(model, rank, alpha, lora, path)
-        case.check("lora" if name == "generator" else "critic_lora", forward(case, model))
-
-
-def test_fresh_lora_changes_nothing() -> None:
-    case = load_case("12_checkpoints")
-    model = model_with(case, network(case, "ode_init.pt"))
-    attach_lora(model, case.config["lora"]["rank"], case.config["lora"]["alpha"])
-    case.check("lora_init", cached_forward(case, model))
+@pytest.mark.parametrize(("folder", "output"), parts("12", forward_outputs))
+def test_checkpoint(folder: Path, output: str) -> None:
+    case = Case(folder)
+    forward = score_forward if "critic" in output else cached_forward
+    for model in models(case, output):
+        case.check(output, forward(case, model))

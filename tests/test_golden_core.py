@@ -1,12 +1,14 @@
 """Golden cases 01-06: schedule, bidirectional model, cached calls, rollouts, prompt switches."""
 
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_fixture import Case, load_case, variants
+from golden_fixture import FOLDER, KINDS, Case, cases, kind_of, variants
 from torch import Tensor
 
 from longlive.flow import FlowSchedule, add_noise, flow_to_x0, x0_to_flow
@@ -34,35 +36,39 @@ def load_dit(case: Case, model: dict[str, Any], weights: str) -> WanDiT:
     return dit.eval().requires_grad_(False)
 
 
-def cache_config(variant: dict[str, Any], infinity: bool) -> CacheConfig:
+def cache_config(settings: dict[str, Any]) -> CacheConfig:
     return CacheConfig(
-        window_frames=variant["window"],
-        sink_frames=variant["sink"],
-        relative=infinity,
-        published_sink_fill=variant["sink"] > variant["nf"],
+        window_frames=settings["window"],
+        sink_frames=settings["sink"],
+        relative=settings.get("infinity", False),
+        published_sink_fill=settings["sink"] > settings["nf"],
     )
 
 
-def check_prefixed(case: Case, prefix: str, found: dict[str, Tensor]) -> None:
-    """Check every output `<prefix>.<name>` of the case; `_lastN` and `_lastNblocks` mean the newest frames only."""
-    names = [name for name in case.outputs if name.startswith(f"{prefix}.")]
-    assert names
-    for name in names:
-        what = name.removeprefix(f"{prefix}.")
-        base = re.sub(r"_last\d+(blocks)?$", "", what)
-        actual = found[what] if what in found else found[base][:, -case.expected(name).shape[1] :]
-        case.check(name, actual)
+def test_every_case_is_checked() -> None:
+    if "LONGLIVE_GOLDEN" not in os.environ and not FOLDER.exists():
+        pytest.skip(f"no golden fixtures in {FOLDER}")
+    folders = [path for path in sorted(FOLDER.glob("*")) if kind_of(path) or (path / "case.json").exists()]
+    assert folders, f"no case folders in {FOLDER}"
+    unknown = [path.name for path in folders if kind_of(path) not in KINDS]
+    assert not unknown, f"no test knows the case folders {unknown}; known are {', '.join(KINDS)}"
+    for case in map(Case, folders):
+        names = case.config.get("variants")
+        stray = [output for output in case.outputs if names and output.split(".")[0] not in names]
+        assert not stray, f"{case.path.name}: outputs of no variant: {stray}"
 
 
-def test_scheduler() -> None:
-    case = load_case("01_scheduler")
+@pytest.mark.parametrize("folder", cases("01"))
+def test_scheduler(folder: Path) -> None:
+    case = Case(folder)
     x0, noise, flow, timesteps = (case.input(name) for name in ("x0", "noise", "flow", "timesteps"))
     raw = case.input("raw_timesteps")
+    found: dict[str, Tensor] = {}
     for shift in case.config["shifts"]:
         schedule = FlowSchedule(shift)
         sigma = schedule.sigma_at(timesteps)[:, None, None, None]
         xt = add_noise(x0, noise, sigma)
-        found = {
+        tables = {
             "sigmas": schedule.sigmas,
             "timesteps": schedule.timesteps,
             "linear_timesteps_weights": schedule.training_weights(),
@@ -73,30 +79,25 @@ def test_scheduler() -> None:
             "nearest_index": schedule.nearest_index(timesteps),
             "shifted_clamped": schedule.shift_timesteps(raw, case.config["min_step"], case.config["max_step"]),
         }
-        prefix = f"shift{int(shift)}_"
-        names = [name for name in case.outputs if name.startswith(prefix)]
-        assert len(names) == len(found)
-        for name in names:
-            case.check(name, found[name.removeprefix(prefix)])
+        found |= {f"shift{shift:g}_{name}": table for name, table in tables.items()}
+    case.check_all("", found)
 
 
-@pytest.mark.parametrize("model", ["full", "score"])
-def test_bidirectional(model: str) -> None:
-    case = load_case("02_bidirectional")
-    spec = case.config[model]
-    dit = load_dit(case, spec, spec["weights"].removeprefix("models/"))
+@pytest.mark.parametrize("folder", cases("02"))
+def test_bidirectional(folder: Path) -> None:
+    case = Case(folder)
+    specs = {name: spec for name, spec in case.config.items() if isinstance(spec, dict) and "weights" in spec}
+    dits = {name: load_dit(case, spec, spec["weights"].removeprefix("models/")) for name, spec in specs.items()}
     schedule = FlowSchedule(case.config["x0_shift"])
-    names = [name for name in case.outputs if name.startswith(f"{model}_t")]
-    assert names
-    for name in names:
-        match = re.fullmatch(rf"{model}_t(\d+)_b(\d+)_(flow|x0)", name)
+    for name in case.outputs:
+        match = re.fullmatch(r"(.+)_t(\d+)_b(\d+)_(flow|x0)", name)
         assert match is not None, name
-        batch = int(match[2])
-        timesteps = torch.stack([case.input("timesteps")[int(match[1])], torch.tensor(250.0)])[:batch]
+        batch = int(match[3])
+        timesteps = torch.stack([case.input("timesteps")[int(match[2])], torch.tensor(250.0)])[:batch]
         x = case.input("x")[:batch]
-        flow = dit(x, timesteps, case.input("prompt_embeds")[:batch])
+        flow = dits[match[1]](x, timesteps, case.input("prompt_embeds")[:batch])
         sigma = schedule.sigma_at(timesteps)[:, None, None, None, None]
-        case.check(name, flow if match[3] == "flow" else flow_to_x0(flow, x, sigma))
+        case.check(name, flow if match[4] == "flow" else flow_to_x0(flow, x, sigma))
 
 
 def storage_order(cache: KVCache, num_frames: int) -> Tensor:
@@ -129,23 +130,14 @@ def token_grid(case: Case) -> tuple[int, int]:
     return height // p, width // q
 
 
-@pytest.mark.parametrize("name", variants("03_causal_kv"))
-def test_causal_kv(name: str) -> None:
-    check_raw_calls("03_causal_kv", name)
-
-
-@pytest.mark.parametrize("name", variants("04_causal_kv_infinity"))
-def test_causal_kv_infinity(name: str) -> None:
-    check_raw_calls("04_causal_kv_infinity", name)
-
-
+@pytest.mark.parametrize(("folder", "name"), [*variants("03"), *variants("04")])
 @torch.no_grad()
-def check_raw_calls(case_name: str, name: str) -> None:
-    case = load_case(case_name)
-    variant, (height, width) = case.config["variants"][name], case.config["latent"]
-    num, batch = variant["nf"], variant["B"]
-    dit = load_dit(case, case.config["model"], "causal")
-    cache = dit.new_cache(cache_config(variant, case.config["infinity"]), batch, height, width)
+def test_causal_kv(folder: Path, name: str) -> None:
+    case = Case(folder)
+    settings = case.settings(name)
+    num, batch, num_blocks = settings["nf"], settings["B"], settings["nblocks"]
+    dit = load_dit(case, settings["model"], "causal")
+    cache = dit.new_cache(cache_config(settings), batch, *settings["latent"])
     noise, renoise = case.input("noise"), case.input("renoise")
     calls = {
         "pass0": (1000, [noise, renoise[2]]),
@@ -153,10 +145,10 @@ def check_raw_calls(case_name: str, name: str) -> None:
         "clean": (0, [renoise[1], noise]),
     }
     text = dit.project_text(torch.cat([case.input("prompt0"), case.input("prompt1")][:batch]))
-    schedule = FlowSchedule(case.config["timestep_shift"])
+    schedule = FlowSchedule(settings["timestep_shift"])
     flows: dict[str, list[Tensor]] = {key: [] for key in calls}
     found: dict[str, Tensor] = {}
-    for block in range(variant["nblocks"]):
+    for block in range(num_blocks):
         span = slice(block * num, (block + 1) * num)
         first, later = cache.plan_block(block * num, num)
         for key, (timestep, inputs) in calls.items():
@@ -166,68 +158,65 @@ def check_raw_calls(case_name: str, name: str) -> None:
             flows[key].append(flow)
             sigma = schedule.sigma_at(timesteps)[..., None, None, None]
             found[f"{key}_x0_last_block"] = flow_to_x0(flow, x, sigma)
-    total = variant["nblocks"] * num
+    total, window = num_blocks * num, settings["window"]
     found |= {f"{key}_flow": torch.cat(value, dim=1) for key, value in flows.items()}
     for layer in range(dit.config.num_layers):
         found[f"kv{layer}_k"], found[f"kv{layer}_v"] = published_buffer(cache, layer, total, token_grid(case))
         found[f"crossattn_k{layer}"] = text[layer][0].transpose(1, 2)
     tokens = cache.frame_tokens
     found["kv_global_end"] = torch.tensor([total * tokens])
-    found["kv_local_end"] = torch.tensor([min(total, variant["window"]) * tokens])
-    check_prefixed(case, name, found)
+    found["kv_local_end"] = torch.tensor([(total if window == -1 else min(total, window)) * tokens])
+    case.check_all(f"{name}.", found)
 
 
-def make_rollout(case: Case, variant: dict[str, Any], policy: str) -> Rollout:
-    dit = load_dit(case, case.config["model"], "causal")
-    steps = tuple(case.config["denoising_step_list"])
+def make_rollout(case: Case, settings: dict[str, Any], policy: str) -> Rollout:
+    dit = load_dit(case, settings["model"], "causal")
     sampler = Sampler(
         SamplerConfig(
-            steps=steps,
-            warp=case.config["warp_denoising_step"],
-            shift=case.config["timestep_shift"],
-            context_timestep=float(case.config["context_noise"]),
-            frames_per_block=variant["nf"],
+            steps=tuple(settings["denoising_step_list"]),
+            warp=settings["warp_denoising_step"],
+            shift=settings["timestep_shift"],
+            context_timestep=float(settings["context_noise"]),
+            frames_per_block=settings["nf"],
         )
     )
-    config = cache_config(variant, variant["infinity"])
-    cache = dit.new_cache(config, variant["B"], *case.config["latent"])
+    cache = dit.new_cache(cache_config(settings), settings["B"], *settings["latent"])
     return Rollout(dit, sampler, cache, policy)
 
 
-def num_rollout_frames(variant: dict[str, Any]) -> int:
+def num_rollout_frames(settings: dict[str, Any]) -> int:
     """Length of a rollout: 30 frames, rounded up to whole blocks, where the variant does not say."""
-    num = variant["nf"]
-    return variant.get("F", -(-30 // num) * num)
+    num = settings["nf"]
+    return settings.get("F", -(-30 // num) * num)
 
 
-@pytest.mark.parametrize("name", variants("05_rollout"))
-def test_rollout(name: str) -> None:
-    case = load_case("05_rollout")
-    variant = case.config["variants"][name]
-    batch, num = variant["B"], variant["nf"]
+@pytest.mark.parametrize(("folder", "name"), variants("05"))
+def test_rollout(folder: Path, name: str) -> None:
+    case = Case(folder)
+    settings = case.settings(name)
+    batch, num = settings["B"], settings["nf"]
     renoise = case.input("renoise")
     noise = torch.cat([case.input("noise"), renoise[1]][:batch])
     fresh = torch.stack([renoise, torch.stack([renoise[2], case.input("noise"), renoise[0]])])[:batch]
-    rollout = make_rollout(case, variant, "keep")
+    rollout = make_rollout(case, settings, "keep")
     rollout.set_text(rollout.model.project_text(torch.cat([case.input("prompt0"), case.input("prompt1")][:batch])))
-    num_frames = num_rollout_frames(variant)
     blocks = []
-    for start in range(0, num_frames, num):
+    for start in range(0, num_rollout_frames(settings), num):
         span = slice(start, start + num)
         blocks.append(rollout.next_block(noise[:, span], lambda step, span=span: fresh[:, step, 0, span]))
-    check_prefixed(case, name, {"latents": torch.cat(blocks, dim=1)})
+    case.check_all(f"{name}.", {"latents": torch.cat(blocks, dim=1)})
 
 
-@pytest.mark.parametrize("name", variants("06_interactive"))
-def test_interactive(name: str) -> None:
-    case = load_case("06_interactive")
-    variant = case.config["variants"][name]
+@pytest.mark.parametrize(("folder", "name"), variants("06"))
+def test_interactive(folder: Path, name: str) -> None:
+    case = Case(folder)
+    settings = case.settings(name)
     noise, renoise = case.input("noise"), case.input("renoise")
-    num, switches = variant["nf"], list(variant["switch_frame_indices"])
-    rollout = make_rollout(case, variant, "keep" if variant["global_sink"] else "rewrite")
+    num, switches = settings["nf"], list(settings["switch_frame_indices"])
+    rollout = make_rollout(case, settings, "keep" if settings["global_sink"] else "rewrite")
     prompts = [rollout.model.project_text(case.input(f"prompt{index}")) for index in range(len(switches) + 1)]
     rollout.set_text(prompts.pop(0))
-    num_frames = num_rollout_frames(variant)
+    num_frames = num_rollout_frames(settings)
     blocks = []
     for start in range(0, num_frames, num):
         span = slice(start, start + num)
@@ -240,4 +229,4 @@ def test_interactive(name: str) -> None:
     if first_block in case.outputs:
         k, _ = published_buffer(rollout.cache, 0, num_frames, token_grid(case))
         found["final_kv0_k_first_block"] = k[:, : case.expected(first_block).shape[1]]
-    check_prefixed(case, name, found)
+    case.check_all(f"{name}.", found)

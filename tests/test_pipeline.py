@@ -15,7 +15,14 @@ from torch import Tensor
 
 from longlive import cli
 from longlive.data.prompts import Script
-from longlive.inference.pipeline import OutputConfig, make_videos, num_video_frames, plan_jobs, prompt_starts
+from longlive.inference.pipeline import (
+    OutputConfig,
+    make_videos,
+    missing_jobs,
+    num_video_frames,
+    plan_jobs,
+    prompt_starts,
+)
 from longlive.inference.session import Models, SessionConfig
 from longlive.models.kv_cache import CacheConfig
 from longlive.models.vae import StreamCache, WanVAE
@@ -25,7 +32,7 @@ SESSION = SessionConfig(32, 48, SamplerConfig(steps=(1000, 500), frames_per_bloc
 
 
 def script(*prompts: str, num_frames: int = 8, switch_frames: tuple[int, ...] = (), **changes: Any) -> Script:
-    fields = {"seed": None, "start_from": None, "line": 1, **changes}
+    fields = {"seed": None, "start_from": None, **changes}
     return Script(prompts, switch_frames, num_frames, **fields)
 
 
@@ -33,7 +40,8 @@ def run(models: Models, folder: Path, scripts: list[Script], batch_size: int = 1
     planning = {"num_samples": 1, "seed": 0, "by_index": True, "identity": {}} | changes
     jobs = plan_jobs(scripts, **planning)
     output = OutputConfig(folder, crf=0)
-    make_videos(models, SESSION, output, jobs, batch_size=batch_size, info={"weights": "tiny"}, progress=False)
+    missing = missing_jobs(jobs, output)
+    make_videos(models, SESSION, output, missing, batch_size=batch_size, info={"weights": "tiny"}, progress=False)
     return [job.name for job in jobs]
 
 
@@ -95,11 +103,34 @@ def test_names_tell_apart_what_differs() -> None:
         plan_jobs([script("a cat")], **{**base, "seed": 7}),
     ):
         assert changed[0].name != jobs[0].name
-    assert plan_jobs([script("a cat", line=9)], **base) == [
-        type(job)(job.name, script("a cat", line=9), job.seed) for job in jobs
-    ]
+    assert plan_jobs([script("a cat")], **base) == jobs
     by_words = plan_jobs([script("A Cat, asleep!")], **{**base, "by_index": False})
     assert by_words[0].name.startswith("a-cat-asleep-0-")
+
+
+def test_one_video_once(models: Models, tmp_path: Path) -> None:
+    twice = [script("a cat"), script("a cat")]
+    assert len(set(run(models, tmp_path / "index", twice, batch_size=2))) == 2
+    (name,) = run(models, tmp_path / "words", twice, batch_size=2, by_index=False)
+    assert [path.name for path in (tmp_path / "words").glob("*.mp4")] == [f"{name}.mp4"]
+
+
+def test_a_clip_counts_by_its_content(tmp_path: Path) -> None:
+    base = {"num_samples": 1, "seed": 0, "by_index": True, "identity": {}}
+    names = []
+    for file, colour in (("a.png", (200, 30, 30)), ("b.png", (200, 30, 30)), ("a.png", (30, 30, 200))):
+        Image.new("RGB", (48, 32), colour).save(tmp_path / file)
+        (job,) = plan_jobs([script("a cat", start_from=str(tmp_path / file))], **base)
+        names.append(job.name)
+    assert names[0] == names[1] != names[2]
+
+
+def test_an_unchanged_prompt_is_not_recached_because_of_a_neighbour(models: Models, tmp_path: Path) -> None:
+    scripts = [script("a cat", "a cat", switch_frames=(4,)), script("a dog", "rain", switch_frames=(4,))]
+    names = run(models, tmp_path / "alone", scripts)
+    assert run(models, tmp_path / "batched", scripts, batch_size=2) == names
+    for name in names:
+        assert np.array_equal(*(frames_of(tmp_path / folder / f"{name}.mp4") for folder in ("alone", "batched")))
 
 
 class InterruptedVAE(WanVAE):
@@ -189,7 +220,7 @@ def test_interactive_on_the_built_in_model(tmp_path: Path, capfd: pytest.Capture
         (["data_path={tmp}/none.txt"], "cannot be read"),
         (["data_path={tmp}/empty.txt"], "holds no prompt"),
         (["data_path={tmp}/latin.txt"], "not UTF-8"),
-        (["data_path={tmp}/bad.jsonl"], "line 2"),
+        (["data_path={tmp}/bad.jsonl", "inference_iter=-1"], "line 2"),
         (["prompt=a | b", "switch_frame_indices=300"], "outside the video"),
         (["prompt=a | b", "switch_frame_indices=3,6"], "needs 1 switch frame"),
         (["generator_ckpt={tmp}/none.pt"], "does not exist"),
@@ -212,3 +243,22 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert message in error[-1]
     assert not any(line.startswith(("Traceback", "error")) for line in error[:-1])
     assert not out.exists() or not any(out.iterdir())
+
+
+def test_own_weights_that_are_missing_are_no_reason_for_the_built_in_model(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.yaml").write_text("generator_ckpt: nowhere/own.pt\n")
+    assert cli.main(["inference", f"--config_path={tmp_path / 'own.yaml'}", f"output_folder={tmp_path}"]) == 2
+    assert "does not exist" in capfd.readouterr().err
+
+
+def test_nothing_is_loaded_when_nothing_is_missing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    settings = ["prompt=a cat", "num_output_frames=3", f"output_folder={tmp_path}"]
+    assert cli.main(["inference", *settings]) == 0
+    (video,) = tmp_path.glob("*.mp4")
+    made = video.stat().st_mtime_ns
+    capfd.readouterr()
+    assert cli.main(["inference", *settings]) == 0
+    assert "1 of 1 videos are there already" in capfd.readouterr().err
+    assert video.stat().st_mtime_ns == made

@@ -14,14 +14,19 @@ from longlive.errors import InputError
 EXAMPLES = Path(__file__).parent.parent / "example"
 
 
-def read(path: Path, num_frames: int = 240, block: int = 3, switches: tuple[int, ...] | None = None) -> list[Script]:
-    return read_scripts(path, num_frames=num_frames, frames_per_block=block, switch_frames=switches)
+def read(
+    path: Path, num_frames: int = 240, block: int = 3, switches: tuple[int, ...] | None = None, fps: int = 16
+) -> list[Script]:
+    return read_scripts(path, num_frames=num_frames, frames_per_block=block, switch_frames=switches, fps=fps)
 
 
-def read_line(folder: Path, **fields: Any) -> Script:
-    path = folder / "prompts.jsonl"
-    path.write_text(json.dumps(fields))
-    return read(path)[0]
+def test_only_the_first_videos_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n\n{"prompt": "b"}\n{"prompt": broken\n')
+    settings = {"num_frames": 6, "frames_per_block": 3, "switch_frames": None, "fps": 16}
+    assert [script.prompts for script in read_scripts(path, **settings, limit=2)] == [("a",), ("b",)]
+    with pytest.raises(InputError, match="line 4"):
+        read_scripts(path, **settings)
 
 
 def test_text_file_has_one_video_per_line(tmp_path: Path) -> None:
@@ -29,9 +34,9 @@ def test_text_file_has_one_video_per_line(tmp_path: Path) -> None:
     path.write_bytes("\ufeffA fox.\r\n\r\n  Ein Fuchs läuft; 狐が走る 🦊.  \r\nline\u2028separator\x0bkept".encode())
     scripts = read(path, num_frames=21)
     assert scripts == [
-        Script(("A fox.",), (), 21, None, None, 1),
-        Script(("Ein Fuchs läuft; 狐が走る 🦊.",), (), 21, None, None, 3),
-        Script(("line\u2028separator\x0bkept",), (), 21, None, None, 4),
+        Script(("A fox.",), (), 21, None, None),
+        Script(("Ein Fuchs läuft; 狐が走る 🦊.",), (), 21, None, None),
+        Script(("line\u2028separator\x0bkept",), (), 21, None, None),
     ]
 
 
@@ -46,10 +51,10 @@ def test_json_lines_may_differ_in_everything(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_bytes("\r\n\r\n".join(json.dumps(line) for line in lines).encode("utf-8-sig"))
     assert read(path) == [
-        Script(("a", "b", "c"), (81, 159), 240, None, None, 1),
-        Script(("a",), (), 240, 0, None, 3),
-        Script(("a", "b"), (40,), 60, None, None, 5),
-        Script(("a", "b", "c"), (40, 80), 240, None, str(tmp_path / "fox.png"), 7),
+        Script(("a", "b", "c"), (81, 159), 240, None, None),
+        Script(("a",), (), 240, 0, None),
+        Script(("a", "b"), (40,), 60, None, None),
+        Script(("a", "b", "c"), (40, 80), 240, None, str(tmp_path / "fox.png")),
     ]
 
 
@@ -75,24 +80,29 @@ def test_config_switches_serve_lines_without_their_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("durations", "ends"),
+    ("durations", "fps", "ends"),
     [
-        ([5, 5, 5], (21, 42, 60)),  # 80, 160, 240 video frames are 20.75, 40.75, 60.75 latents
-        ([1.3125], (6,)),  # exactly the 21 video frames of 6 latents
-        ([0.01, 0.01], (3, 6)),  # never less than a block
-        ([2.1] * 20, tuple(3 * round((2.1 * 16 * i + 3) / 4 / 3) for i in range(1, 21))),  # errors do not add up
+        ([5, 5, 5], 16, (21, 42, 60)),  # 80, 160, 240 video frames are 20.75, 40.75, 60.75 latents
+        ([5, 5, 5], 8, (12, 21, 30)),  # 40, 80, 120 video frames are 10.75, 20.75, 30.75 latents
+        ([1.3125], 16, (6,)),  # exactly the 21 video frames of 6 latents
+        ([0.01, 0.01], 16, (3, 6)),  # never less than a block
+        ([2.1] * 20, 16, tuple(3 * round((2.1 * 16 * i + 3) / 4 / 3) for i in range(1, 21))),  # errors do not add up
     ],
 )
-def test_durations_are_rounded_to_blocks(tmp_path: Path, durations: list[float], ends: tuple[int, ...]) -> None:
-    script = read_line(tmp_path, prompts=["p"] * len(durations), durations=durations)
+def test_durations_are_rounded_to_blocks(
+    tmp_path: Path, durations: list[float], fps: int, ends: tuple[int, ...]
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompts": ["p"] * len(durations), "durations": durations}))
+    (script,) = read(path, fps=fps)
     assert (*script.switch_frames, script.num_frames) == ends
 
 
 def test_prompts_without_a_file_are_checked_alike() -> None:
     def script(*prompts: str) -> Script:
-        return make_script(prompts, num_frames=240, frames_per_block=3, switch_frames=(40,))
+        return make_script(prompts, num_frames=240, frames_per_block=3, switch_frames=(40,), fps=16)
 
-    assert script(" a ", "b") == Script(("a", "b"), (40,), 240, None, None, 1)
+    assert script(" a ", "b") == Script(("a", "b"), (40,), 240, None, None)
     with pytest.raises(InputError, match=r"^prompt 2 is empty$"):
         script("a", " ")
     with pytest.raises(InputError, match=r"^has 3 prompts and needs 2 switch frames, the config gives 1$"):

@@ -110,3 +110,19 @@ def test_supported_torch(version: str, is_supported: bool) -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     torch = next(requirement for requirement in map(Requirement, declared) if requirement.name == "torch")
     assert (version in torch.specifier) is is_supported
+
+
+def test_several_processes_make_every_video_once(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\na bird\n")
+    settings = [f"data_path={prompts}", "num_output_frames=3", "inference_iter=-1", f"output_folder={tmp_path / 'out'}"]
+    done = run("inference.sh", *settings, cwd=tmp_path, NUM_GPUS="2", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name[:5] for path in (tmp_path / "out").glob("*.mp4")) == ["000-0", "001-0", "002-0"]
+
+
+def test_several_processes_complain_once(tmp_path: Path) -> None:
+    failed = run("inference.sh", "num_ouput_frames=3", cwd=tmp_path, NUM_GPUS="3")
+    assert failed.returncode == 2
+    assert failed.stderr.count("error:") == 1
+    assert "did you mean 'num_output_frames'" in failed.stderr

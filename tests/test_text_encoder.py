@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_fixture import Case, load_case
+from golden_fixture import Case, parts
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,11 +21,11 @@ from longlive.models.text_encoder import (
     Tokenize,
     byte_tokens,
     clean_text,
-    load_text_encoder_state,
     load_tokenizer,
     offload,
-    original_names,
 )
+from longlive.weights.files import write_safetensors
+from longlive.weights.formats import TEXT_ENCODER, load_text_encoder, read_part
 
 State = dict[str, Tensor]
 SMALL = replace(TextEncoderConfig.tiny(), dim=24, dim_attn=32, dim_ffn=40, text_len=40)
@@ -62,7 +62,7 @@ def build(config: TextEncoderConfig = SMALL, tokenize: Tokenize = byte_tokens) -
     """An encoder with `original_state` weights, built on the meta device as large checkpoints are."""
     with torch.device("meta"):
         encoder = TextEncoder(config, tokenize)
-    load_text_encoder_state(encoder, original_state(config), "weights.pth")
+    load_text_encoder(encoder, original_state(config), "weights.pth")
     return encoder
 
 
@@ -118,7 +118,7 @@ def golden_encoder(case: Case, ids: Tensor, mask: Tensor) -> TextEncoder:
         text_len=ids.shape[1],
     )
     encoder = TextEncoder(config, lambda text: ids[int(text)][mask[int(text)] > 0].tolist())
-    load_text_encoder_state(encoder, case.weights("t5"), "t5.safetensors")
+    load_text_encoder(encoder, case.weights("t5"), "t5.safetensors")
     return encoder
 
 
@@ -128,28 +128,29 @@ def suffixed(stem: str, name: str) -> str:
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("name", ["raw", "prompt_embeds", "prompt_embeds_long"])
-def test_golden_embeddings(name: str) -> None:
-    case = load_case("11_t5")
+@pytest.mark.parametrize(("folder", "name"), parts("11", lambda case: [n for n in case.outputs if "bucket" not in n]))
+def test_golden_embeddings(folder: Path, name: str) -> None:
+    case = Case(folder)
     ids, mask = case.input(suffixed("ids", name)), case.input(suffixed("mask", name))
     encoder = golden_encoder(case, ids, mask)
-    if name == "raw":
+    if name.startswith("raw"):
         case.check(name, encoder.encode_ids(ids, mask))
     else:
         case.check(name, encoder([str(row) for row in range(len(ids))]))
 
 
 @pytest.mark.golden
-def test_golden_buckets() -> None:
-    case = load_case("11_t5")
-    expected = case.expected("bucket_long_row0")
+@pytest.mark.parametrize(("folder", "name"), parts("11", lambda case: [n for n in case.outputs if "bucket" in n]))
+def test_golden_buckets(folder: Path, name: str) -> None:
+    case = Case(folder)
+    expected = case.expected(name)
     encoder = golden_encoder(case, case.input("ids"), case.input("mask"))
     attention = encoder.encoder.block[0].layer[0].SelfAttention
     numbers = torch.arange(encoder.config.num_buckets).float()
     attention.relative_attention_bias.weight.copy_(numbers[:, None].expand(-1, encoder.config.num_heads))
     buckets = attention.compute_bias(expected.shape[1], expected.shape[1])[0, 0]
     queries = (expected == 0).int().argmax(dim=1)  # only a token's own position falls into bucket 0
-    case.check("bucket_long_row0", buckets[queries].round().long())
+    case.check(name, buckets[queries].round().long())
 
 
 @pytest.mark.parametrize("length", [5, 200])
@@ -164,9 +165,8 @@ def test_agrees_with_float64_twin(length: int) -> None:
 def test_agrees_with_transformers_class() -> None:
     encoder = build()
     model = UMT5EncoderModel(encoder.encoder.config).eval()
-    names = original_names(SMALL.num_layers)
-    state = {names[name]: tensor for name, tensor in original_state(SMALL).items()}
-    model.load_state_dict(state | {"shared.weight": state["encoder.embed_tokens.weight"]})
+    state = hf_state(SMALL)
+    model.load_state_dict(state | {"encoder.embed_tokens.weight": state["shared.weight"]})
     ids, mask = encoder.token_ids(PROMPTS)
     expected = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
     torch.testing.assert_close(encoder.encode_ids(ids, mask), expected, atol=1e-6, rtol=0)
@@ -374,17 +374,17 @@ def test_low_memory_leaves_nothing_on_the_gpu() -> None:
 
 
 def hf_state(config: TextEncoderConfig) -> State:
-    names = original_names(config.num_layers)
-    return {names[name]: tensor for name, tensor in original_state(config).items()}
+    return TEXT_ENCODER.to_hub(original_state(config))
 
 
 @pytest.mark.parametrize("embedding", [{"shared"}, {"encoder.embed_tokens"}, {"shared", "encoder.embed_tokens"}])
-def test_hf_layout_loads_under_either_embedding_name(embedding: set[str]) -> None:
+def test_hf_layout_loads_under_either_embedding_name(tmp_path: Path, embedding: set[str]) -> None:
     state = hf_state(SMALL)
-    table = state.pop("encoder.embed_tokens.weight")
-    state |= {f"{name}.weight": table for name in embedding}
-    encoder = TextEncoder(SMALL, byte_tokens)
-    load_text_encoder_state(encoder, state, "model.safetensors")
+    table = state.pop("shared.weight")
+    write_safetensors(tmp_path / "model.safetensors", state | {f"{name}.weight": table for name in embedding})
+    config, found = read_part(TEXT_ENCODER, tmp_path / "model.safetensors")
+    encoder = TextEncoder(replace(config, text_len=SMALL.text_len), byte_tokens)
+    load_text_encoder(encoder, found, "model.safetensors")
     assert torch.equal(encoder(PROMPTS), build()(PROMPTS))
 
 
@@ -392,7 +392,7 @@ def test_loading_makes_no_copy() -> None:
     state = {name: tensor.bfloat16() for name, tensor in original_state(SMALL).items()}
     with torch.device("meta"):
         encoder = TextEncoder(SMALL, byte_tokens)
-    load_text_encoder_state(encoder, state, "weights.pth")
+    load_text_encoder(encoder, state, "weights.pth", torch.bfloat16)
     parameters = dict(encoder.named_parameters())
     assert {p.data_ptr() for p in parameters.values()} == {tensor.data_ptr() for tensor in state.values()}
     assert len(parameters) == len(state)
@@ -402,24 +402,29 @@ def test_loading_makes_no_copy() -> None:
 
 
 @pytest.mark.parametrize("layout", ["original", "hf"])
-def test_misfits_are_refused(layout: str) -> None:
+def test_misfits_are_refused(tmp_path: Path, layout: str) -> None:
+    """Errors have Wan's names, which are those of the original file; names that are not known stay as they are."""
     state = original_state(SMALL) if layout == "original" else hf_state(SMALL)
-    key = {"original": "blocks.1.attn.q.weight", "hf": "encoder.block.1.layer.0.SelfAttention.q.weight"}[layout]
-    without = {name: tensor for name, tensor in state.items() if name != key}
+    key = "blocks.1.attn.q.weight"
+    stored = key if layout == "original" else "encoder.block.1.layer.0.SelfAttention.q.weight"
+    path = tmp_path / "model.safetensors"
+    without = {name: tensor for name, tensor in state.items() if name != stored}
     spare = state | {"scaled_fp8": torch.zeros(2)}
-    reshaped = state | {key: torch.zeros(3, 5)}
+    reshaped = state | {stored: torch.zeros(3, 5)}
     encoder = TextEncoder(SMALL, byte_tokens)
     for bad, words in [
         (without, ["missing", key]),
         (spare, ["unexpected", "scaled_fp8"]),
-        (reshaped, ["wrongly shaped", key, "[3, 5]", f"[{SMALL.dim_attn}, {SMALL.dim}]"]),
-        ({}, ["missing", "and "]),
+        (reshaped, ["wrong shape", f"{key} is [3, 5], expected [{SMALL.dim_attn}, {SMALL.dim}]"]),
+        ({name: tensor for name, tensor in state.items() if "norm" not in name}, ["missing", " and 2 more"]),
     ]:
         before = encoder(["fox"])
+        write_safetensors(path, bad)
+        _, found = read_part(TEXT_ENCODER, path)
         with pytest.raises(InputError) as caught:
-            load_text_encoder_state(encoder, bad, "folder/weights.pth")
+            load_text_encoder(encoder, found, path)
         message = str(caught.value)
-        assert message.startswith("folder/weights.pth: ")
+        assert message.startswith(f"{path}: ")
         assert "\n" not in message
         assert all(word in message for word in words), message
         assert torch.equal(encoder(["fox"]), before), "nothing was loaded"

@@ -3,11 +3,12 @@
 import json
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from golden_fixture import FOLDER, Case, load_case
+from golden_fixture import Case, cases, parts
 from tiny import randomize
 from torch import Tensor, nn
 
@@ -106,34 +107,29 @@ GOLDEN_OUTPUTS: dict[str, Callable[[WanVAE, Case], Tensor]] = {
 }
 
 
-def golden_spec() -> dict[str, Any]:
-    path = FOLDER / "10_vae" / "case.json"
-    return json.loads(path.read_text()) if path.exists() else {"tensors": {"out.absent": {}}, "streaming": {"[1]": {}}}
-
-
-def golden_output_names() -> list[str]:
-    names = [name.removeprefix("out.") for name in golden_spec()["tensors"] if name.startswith("out.")]
-    return [name for name in names if name != "decode_chunked"]  # a published fault: frames lost at the seams
+def golden_outputs(case: Case) -> list[str]:
+    return [name for name in case.outputs if name != "decode_chunked"]  # a published fault: frames lost at the seams
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("name", golden_output_names())
-def test_golden(name: str) -> None:
-    case = load_case("10_vae")
+@pytest.mark.parametrize(("folder", "name"), parts("10", golden_outputs))
+def test_golden(folder: Path, name: str) -> None:
+    case = Case(folder)
     case.check(name, GOLDEN_OUTPUTS[name](golden_vae(case), case))
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("sizes", golden_spec()["streaming"])
-def test_golden_streaming(sizes: str) -> None:
-    case = load_case("10_vae")
+@pytest.mark.parametrize(("folder", "sizes"), parts("10", lambda case: case.spec["streaming"]))
+def test_golden_streaming(folder: Path, sizes: str) -> None:
+    case = Case(folder)
     pixels = in_pieces(golden_vae(case).decode, case.input("latents"), json.loads(sizes))
     case.check("decode_raw", pixels.transpose(1, 2))
 
 
 @pytest.mark.golden
-def test_golden_chunks_lose_no_frames() -> None:
-    case = load_case("10_vae")
+@pytest.mark.parametrize("folder", cases("10"))
+def test_golden_chunks_lose_no_frames(folder: Path) -> None:
+    case = Case(folder)
     vae, cache = golden_vae(case), StreamCache()
     chunks = case.input("latents").split(case.config["chunk_size"], dim=1)
     case.check("decode_raw", torch.cat([vae.decode(chunk, cache) for chunk in chunks], dim=1).transpose(1, 2))

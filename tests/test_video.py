@@ -1,8 +1,9 @@
 """Frames to files and back: every file is decoded again; interruptions, kills and full disks are real ones."""
 
-import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from longlive.errors import InputError
-from longlive.inference.video import ContactSheet, VideoWriter, check_writable, read_clip, write_sidecar
+from longlive.inference.video import ContactSheet, VideoWriter, check_writable, read_clip
 
 HEIGHT, WIDTH, FPS = 64, 96, 16
 
@@ -112,6 +113,22 @@ def test_same_frames_give_same_bytes_however_they_are_cut(tmp_path: Path) -> Non
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
 
 
+def test_threads_may_take_turns(tmp_path: Path) -> None:
+    frames = smooth_frames(40)
+    write(tmp_path / "one.mp4", frames)
+    with VideoWriter(tmp_path / "turns.mp4", FPS, HEIGHT, WIDTH) as writer:
+        for some in frames.split(12):
+            with ThreadPoolExecutor(max_workers=1) as thread:
+                thread.submit(writer.write, some).result()
+    assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "turns.mp4").read_bytes()
+
+
+def test_colons_are_no_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(Path("run:1/a.mp4"), smooth_frames(5))
+    assert len(read_clip(Path("run:1/a.mp4"), HEIGHT, WIDTH, FPS)) == 5
+
+
 def test_frames_need_not_be_contiguous(tmp_path: Path) -> None:
     frames = smooth_frames(17)
     write(tmp_path / "a.mp4", frames)
@@ -177,7 +194,7 @@ def test_full_disk_is_one_line_and_no_final_file(tmp_path: Path) -> None:
     code = """
 import resource, sys, torch
 from longlive.errors import InputError
-from longlive.inference.video import ContactSheet, VideoWriter, write_sidecar
+from longlive.inference.video import ContactSheet, VideoWriter
 folder, noise = sys.argv[1], torch.randint(0, 256, (48, 64, 96, 3), dtype=torch.uint8)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # the system refuses what lies beyond, as on a full disk
 sheet = ContactSheet(48, 16)
@@ -191,7 +208,6 @@ def short_video():  # all of it waits in the encoder: the disk is full only at t
 for make in (
     video,
     short_video,
-    lambda: write_sidecar(folder + "/a.json", {"text": "x" * 30_000}),
     lambda: sheet.save(folder + "/a.png", []),
 ):
     try:
@@ -199,13 +215,16 @@ for make in (
     except InputError as error:
         print(error)
 """
-    (tmp_path / "a.json").write_text("earlier")
+    (tmp_path / "a.png").write_text("earlier")
     with run_python(code, tmp_path) as process:
         output, _ = process.communicate()
-    files = ("a.mp4", "b.mp4", "a.json", "a.png")
-    assert output.splitlines() == [f"{tmp_path / name}: cannot be written (File too large)" for name in files]
-    assert names(tmp_path) == ["a.json", "a.partial.mp4", "b.partial.mp4"]
-    assert (tmp_path / "a.json").read_text() == "earlier"
+    assert output.splitlines() == [
+        f"{tmp_path / 'a.mp4'}: cannot be written (File too large)",
+        f"{tmp_path / 'b.mp4'}: cannot be written (File too large)",
+        f"{tmp_path / 'a.png'}: cannot write (File too large)",
+    ]
+    assert names(tmp_path) == ["a.partial.mp4", "a.png", "b.partial.mp4"]
+    assert (tmp_path / "a.png").read_text() == "earlier"
 
 
 def test_memory_does_not_grow_with_length(tmp_path: Path) -> None:
@@ -238,19 +257,6 @@ def test_unwritable_folder(tmp_path: Path) -> None:
             check_writable(folder)
         with pytest.raises(InputError):
             VideoWriter(folder / "a.mp4", FPS, HEIGHT, WIDTH)
-
-
-def test_sidecar(tmp_path: Path) -> None:
-    content = {"prompts": ["狐 🦊"], "a": {"seed": 7}}
-    write_sidecar(tmp_path / "a.json", content)
-    text = (tmp_path / "a.json").read_text("utf-8")
-    assert json.loads(text) == content
-    assert text.splitlines()[1:3] == ['  "prompts": [', '    "狐 🦊"']
-    (tmp_path / "open elsewhere").hardlink_to(tmp_path / "a.json")
-    write_sidecar(tmp_path / "a.json", {})
-    assert (tmp_path / "a.json").read_text() == "{}\n"
-    assert (tmp_path / "open elsewhere").read_text("utf-8") == text  # replaced at once, not written over
-    assert names(tmp_path) == ["a.json", "open elsewhere"]
 
 
 # Contact sheet ---------------------------------------------------------------------------------------------------
@@ -381,6 +387,7 @@ def encode_clip(path: Path, frames: Tensor, fps: int, rotation: int | None = Non
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         if rotation is not None:
             stream.set_display_rotation(rotation)
+        container.start_encoding()
         for frame in frames.numpy():
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))
@@ -410,7 +417,11 @@ def test_interrupted_video_can_be_continued(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["text.mp4", "text.png", "cut.mp4", "cut.png", "damaged.png", "sound.mp4", "missing.mp4", ""]
+    "name",
+    [
+        *("text.mp4", "text.png", "cut.mp4", "cut.png", "short.png", "damaged.png", "empty.mp4", "empty.png"),
+        *("no_frame.mp4", "sound.mp4", "missing.mp4", "missing.png", "folder.mp4", "folder.png"),
+    ],
 )
 def test_undecodable_clip_is_named_in_one_line(tmp_path: Path, name: str) -> None:
     write(tmp_path / "a.mp4", smooth_frames(5))
@@ -419,9 +430,15 @@ def test_undecodable_clip_is_named_in_one_line(tmp_path: Path, name: str) -> Non
         data = (tmp_path / f"a.{kind}").read_bytes()
         (tmp_path / f"text.{kind}").write_text("not a picture")
         (tmp_path / f"cut.{kind}").write_bytes(data[: len(data) // 2])
+        (tmp_path / f"empty.{kind}").touch()
+        (tmp_path / f"folder.{kind}").mkdir()
     picture = bytearray((tmp_path / "a.png").read_bytes())
     picture[picture.index(b"IDAT") - 2] //= 2  # a shorter length: the next block begins amid the data
     (tmp_path / "damaged.png").write_bytes(picture)
+    picture = bytearray((tmp_path / "a.png").read_bytes())
+    picture[picture.index(b"IHDR") - 1] //= 2
+    (tmp_path / "short.png").write_bytes(picture)
+    encode_clip(tmp_path / "no_frame.mp4", smooth_frames(0), FPS)
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=48_000, layout="mono")
         sound = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
@@ -432,3 +449,22 @@ def test_undecodable_clip_is_named_in_one_line(tmp_path: Path, name: str) -> Non
         read_clip(tmp_path / name, HEIGHT, WIDTH, FPS)
     assert str(error.value).startswith(f"{tmp_path / name}: ")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["mp4", "png"])
+def test_forbidden_clip_is_named_in_one_line(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"a.{kind}"
+    write(tmp_path / "a.mp4", smooth_frames(5))
+    Image.fromarray(smooth_frames(1)[0].numpy()).save(tmp_path / "a.png")
+    read_clip(path, HEIGHT, WIDTH, FPS)
+    path.chmod(0)
+    user = os.geteuid()
+    if user == 0:  # who may read everything
+        os.seteuid(65534)
+    try:
+        with pytest.raises(
+            InputError, match=rf"^{path}: cannot be read as a picture or video \(.*Permission denied.*\)$"
+        ):
+            read_clip(path, HEIGHT, WIDTH, FPS)
+    finally:
+        os.seteuid(user)

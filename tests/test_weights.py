@@ -27,20 +27,32 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from longlive.errors import InputError
 from longlive.models.dit import DiTConfig, WanDiT
-from longlive.models.text_encoder import TextEncoder, TextEncoderConfig, load_text_encoder_state, load_tokenizer
+from longlive.models.text_encoder import TextEncoder, TextEncoderConfig, load_tokenizer
 from longlive.models.vae import VAEConfig, WanVAE
 from longlive.weights import convert as conversion
 from longlive.weights.convert import convert, wan_dit_config
-from longlive.weights.files import atomic_file, load_into, read_checkpoint, write_json, write_pickle, write_safetensors
+from longlive.weights.files import (
+    atomic_file,
+    fingerprint,
+    load_into,
+    read_checkpoint,
+    read_json,
+    write_json,
+    write_pickle,
+    write_safetensors,
+)
 from longlive.weights.formats import (
     DIT,
     TEXT_ENCODER,
     VAE,
+    load_text_encoder,
     read_dit,
+    read_generator,
     read_part,
     read_text_encoder,
     read_vae,
     select_network,
+    weight_files,
 )
 from longlive.weights.lora import attach_lora, check_rank, extract_lora, merge_lora, parse_lora, read_lora
 
@@ -176,7 +188,7 @@ def test_transformers_text_encoder_folder_gives_its_outputs(tmp_path: Path, wan:
     expected = TextEncoderConfig(500, dim=16, dim_attn=24, dim_ffn=24, num_heads=3, num_layers=2, eps=1e-5)
     assert (config, tokenizer) == (expected, tmp_path / "tokenizer")
     encoder = on_meta(lambda: TextEncoder(config, load_tokenizer(tokenizer)))
-    load_text_encoder_state(encoder, state_dict, str(tmp_path))
+    load_text_encoder(encoder, state_dict, tmp_path)
     ids, mask = encoder.token_ids(["a red fox", "rain on the street at night"])
     with torch.no_grad():
         expected_states = oracle(ids, mask).last_hidden_state
@@ -286,6 +298,50 @@ def test_number_of_heads_needs_a_config_unless_heads_are_128_wide(micro_file: Pa
         read_dit(micro_file)
     write_json(micro_file.parent / "config.json", wan_dit_config(MICRO))
     assert read_dit(micro_file)[0] == MICRO
+
+
+@pytest.mark.parametrize("to", ["wan", "diffusers", "longlive"])
+def test_bare_checkpoint_takes_its_config_from_the_wan_folder(tmp_path: Path, micro_file: Path, to: str) -> None:
+    odd = replace(MICRO, num_heads=6, eps=1e-5)
+    source, wan_folder, checkpoint = (
+        tmp_path / "source",
+        tmp_path / "wan_models",
+        tmp_path / "base" / "longlive_base.pt",
+    )
+    weights = tiny_dit(odd).state_dict()
+    write_safetensors(source / "x.safetensors", weights)
+    write_json(source / "config.json", wan_dit_config(odd))
+    (dit,) = convert(source / "x.safetensors", wan_folder, to)
+    if to != "longlive":  # there the config is in the file itself
+        dit.unlink()
+    state = {f"model.{name}": tensor for name, tensor in weights.items()}
+    write_pickle(checkpoint, state)
+    config, found = read_generator(checkpoint, wan_folder)
+    assert config == (replace(odd, text_len=512) if to == "diffusers" else odd)
+    assert same(found, weights)
+
+    write_json(checkpoint.with_name("config.json"), wan_dit_config(MICRO))
+    assert read_generator(checkpoint, wan_folder)[0] == MICRO
+    write_json(checkpoint.with_name("config.json"), {"model_type": "another"})
+    assert read_generator(checkpoint, wan_folder)[0] == config
+    with pytest.raises(InputError, match=r"longlive_base\.pt: the number of heads is not known"):
+        read_generator(checkpoint, tmp_path / "absent")
+    with pytest.raises(InputError, match="has no generator_ema"):
+        read_generator(checkpoint, wan_folder, "generator_ema")
+
+
+def test_weight_files_are_those_that_are_read(tmp_path: Path, wan: Path, fake_module: ModuleType) -> None:
+    for to, names in conversion.FILES.items():
+        convert(wan, tmp_path / to, to)
+        paths = [tmp_path / to / names[part] for part in ("dit", "vae", "text_encoder")]
+        assert weight_files(tmp_path / to) == [*paths, tmp_path / to / names["tokenizer"] / "tokenizer.json"]
+    paths[0].unlink()
+    assert paths[0] not in weight_files(tmp_path / to)
+    assert weight_files(tmp_path / to, [VAE])[:-1] == paths[1:2]
+    fake_module.write_dit(fake_module.Fake(seed=3), MICRO, tmp_path / "sharded", 3, torch.float32)
+    index = tmp_path / "sharded" / "diffusion_pytorch_model.safetensors.index.json"
+    assert weight_files(tmp_path / "sharded") == [index]
+    assert weight_files(tmp_path / "absent") == []
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -484,6 +540,47 @@ def test_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_json_keeps_text_as_it_is(tmp_path: Path) -> None:
+    content = {"prompt": "früh 狐狸 🦊", "broken": "\udcff"}
+    write_json(tmp_path / "x.json", content)
+    assert "früh 狐狸 🦊" in (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert read_json(tmp_path / "x.json") == content
+
+
+@pytest.mark.parametrize("num_bytes", [1, 5000, 64 * 4096, 64 * 4096 + 1, 3_000_000])
+def test_fingerprint_is_of_the_content(tmp_path: Path, num_bytes: int) -> None:
+    content = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    path, copy = tmp_path / "x.pt", tmp_path / "copy.bin"
+    path.write_bytes(content.numpy().tobytes())
+    shutil.copy(path, copy)
+    os.utime(copy, (1, 1))
+    digest = fingerprint(path)
+    assert digest == fingerprint(copy)
+    assert len(digest) == 16
+    # Of large files 64 blocks are sampled: a change of a fiftieth cannot fall between them. Training changes all.
+    size = 1 if num_bytes <= 64 * 4096 else num_bytes // 50
+    for start in (0, num_bytes // 2, num_bytes - size):
+        changed = content.clone()
+        changed[start : start + size] ^= 1
+        copy.write_bytes(changed.numpy().tobytes())
+        assert fingerprint(copy) != digest, start
+    copy.write_bytes(path.read_bytes() + b"\0")
+    assert fingerprint(copy) != digest
+
+
+def test_fingerprint_covers_shards(tmp_path: Path, fake_module: ModuleType) -> None:
+    fake_module.write_dit(fake_module.Fake(seed=3), MICRO, tmp_path / "a", 3, torch.float32)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    index = "diffusion_pytorch_model.safetensors.index.json"
+    assert fingerprint(tmp_path / "a" / index) == fingerprint(tmp_path / "b" / index)
+    shard = max((tmp_path / "b").glob("*.safetensors"))
+    write_safetensors(shard, {name: tensor + 1 for name, tensor in load_file(shard).items()})
+    assert fingerprint(tmp_path / "a" / index) != fingerprint(tmp_path / "b" / index)
+    shard.unlink()
+    with pytest.raises(InputError, match=r"00003-of-00003\.safetensors: cannot read"):
+        fingerprint(tmp_path / "b" / index)
+
+
 # --- LoRA -------------------------------------------------------------------------------------------------------------
 
 RANK, ALPHA = 3, 6.0
@@ -515,6 +612,11 @@ def test_merged_lora_equals_pefts_merge(tmp_path: Path) -> None:
     a, b = lora["blocks.0.ffn.2"]
     expected = (half["blocks.0.ffn.2.weight"].float() + ALPHA / RANK * b @ a).bfloat16()
     assert torch.equal(merge_lora(half, lora, ALPHA, "lora.pt")["blocks.0.ffn.2.weight"], expected)
+    narrow = merge_lora(base.state_dict(), lora, ALPHA, "lora.pt", torch.bfloat16)
+    for name, tensor in narrow.items():
+        is_merged = name.removesuffix(".weight") in lora
+        assert torch.equal(tensor, merged[name].bfloat16() if is_merged else base.state_dict()[name])
+        assert tensor.dtype == (torch.bfloat16 if is_merged else torch.float32)
 
 
 def test_attached_lora_equals_merged_and_comes_back_out(tmp_path: Path) -> None:

@@ -27,7 +27,6 @@ from typing import Any
 
 from longlive.errors import InputError
 
-VIDEO_FPS = 16
 VIDEO_FRAMES_PER_LATENT = 4  # of every latent frame but the first, which is one video frame
 
 _KEYS = ("prompt", "prompts", "switch_frame_indices", "durations", "num_output_frames", "seed", "start_from")
@@ -39,7 +38,7 @@ class Script:
 
     `switch_frames[i]` is the latent frame at which `prompts[i + 1]` takes over; a switch inside a block happens at
     the next block start. `num_frames` counts latent frames and is a multiple of the block. `seed` and `start_from`
-    are None where the file does not give them. `line` is the line of the prompt file, from 1.
+    are None where the file does not give them.
     """
 
     prompts: tuple[str, ...]
@@ -47,30 +46,38 @@ class Script:
     num_frames: int
     seed: int | None
     start_from: str | None
-    line: int
 
 
 def read_scripts(
-    path: str | Path, *, num_frames: int, frames_per_block: int, switch_frames: Sequence[int] | None
+    path: str | Path,
+    *,
+    num_frames: int,
+    frames_per_block: int,
+    switch_frames: Sequence[int] | None,
+    fps: int,
+    limit: int | None = None,
 ) -> list[Script]:
-    """Read and check a `.txt` or `.jsonl` prompt file.
+    """Read and check a `.txt` or `.jsonl` prompt file, or only its first `limit` videos.
 
     `num_frames` (latent) and `switch_frames` are the config's and serve every line that gives none of its own; without
-    either the switches are spread evenly over block starts. Raises `InputError` naming file and line.
+    either the switches are spread evenly over block starts. `fps`, the frame rate of the videos, turns durations into
+    frames. Raises `InputError` naming file and line.
     """
     path = Path(path)
     parse = {".txt": _parse_text, ".jsonl": _parse_json}.get(path.suffix.lower())
     if parse is None:
         raise InputError(f"{path}: prompt files end in .txt (one prompt per line) or .jsonl (one JSON object per line)")
-    scripts = []
+    scripts: list[Script] = []
     for line, text in enumerate(_read_lines(path), start=1):
+        if len(scripts) == limit:
+            break
         if not text.strip():
             continue
         try:
             fields = parse(text)
             prompts = _prompts(fields)
-            switches, length = _timing(fields, len(prompts), num_frames, frames_per_block, switch_frames)
-            scripts.append(Script(prompts, switches, length, _seed(fields), _start_from(fields, path.parent), line))
+            switches, length = _timing(fields, len(prompts), num_frames, frames_per_block, switch_frames, fps)
+            scripts.append(Script(prompts, switches, length, _seed(fields), _start_from(fields, path.parent)))
         except InputError as error:
             raise InputError(f"{path}, line {line}: {error}") from None
     if not scripts:
@@ -79,12 +86,12 @@ def read_scripts(
 
 
 def make_script(
-    prompts: Sequence[str], *, num_frames: int, frames_per_block: int, switch_frames: Sequence[int] | None
+    prompts: Sequence[str], *, num_frames: int, frames_per_block: int, switch_frames: Sequence[int] | None, fps: int
 ) -> Script:
     """The script of prompts that are in no file, checked like a line of one. Raises `InputError`."""
     checked = _prompts({"prompts": list(prompts)})
-    switches, length = _timing({}, len(checked), num_frames, frames_per_block, switch_frames)
-    return Script(checked, switches, length, seed=None, start_from=None, line=1)
+    switches, length = _timing({}, len(checked), num_frames, frames_per_block, switch_frames, fps)
+    return Script(checked, switches, length, seed=None, start_from=None)
 
 
 def _read_lines(path: Path) -> list[str]:
@@ -141,14 +148,19 @@ def _prompts(fields: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _timing(
-    fields: dict[str, Any], num_prompts: int, num_frames: int, block: int, config_switches: Sequence[int] | None
+    fields: dict[str, Any],
+    num_prompts: int,
+    num_frames: int,
+    block: int,
+    config_switches: Sequence[int] | None,
+    fps: int,
 ) -> tuple[tuple[int, ...], int]:
     """Switch frames and length of a line, both in latent frames."""
     if "durations" in fields:
         for other in ("switch_frame_indices", "num_output_frames"):
             if other in fields:
                 raise InputError(f"gives both 'durations' and '{other}', needs one of them")
-        *starts, num_frames = _frames_of_durations(fields["durations"], num_prompts, block)
+        *starts, num_frames = _frames_of_durations(fields["durations"], num_prompts, block, fps)
         return tuple(starts), num_frames
 
     num_frames = _integer("'num_output_frames'", fields.get("num_output_frames", num_frames))
@@ -170,7 +182,7 @@ def _timing(
     return switches, num_frames
 
 
-def _frames_of_durations(durations: Any, num_prompts: int, block: int) -> list[int]:
+def _frames_of_durations(durations: Any, num_prompts: int, block: int, fps: int) -> list[int]:
     """End of every prompt in latent frames, each rounded to a whole block and at least one block after the last.
 
     L latent frames are 1 + 4 (L - 1) video frames. Ends are rounded, not durations, so that errors do not add up.
@@ -185,7 +197,7 @@ def _frames_of_durations(durations: Any, num_prompts: int, block: int) -> list[i
         if not number or not 0 < seconds < math.inf:
             raise InputError(f"'durations' must be positive numbers of seconds, found {_shown(seconds)}")
         elapsed += Fraction(seconds)
-        latents = (elapsed * VIDEO_FPS - 1) / VIDEO_FRAMES_PER_LATENT + 1
+        latents = (elapsed * fps - 1) / VIDEO_FRAMES_PER_LATENT + 1
         end = max(block * round(latents / block), end + block)
         ends.append(end)
     return ends

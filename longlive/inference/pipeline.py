@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -21,10 +22,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from longlive.data.prompts import Script
 from longlive.inference.session import Chunk, Models, Session, SessionConfig
-from longlive.inference.video import ContactSheet, VideoWriter, read_clip, write_sidecar
+from longlive.inference.video import ContactSheet, VideoWriter, read_clip
+from longlive.weights.files import fingerprint, write_json
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +42,11 @@ class Job:
 
     @property
     def schedule(self) -> tuple[object, ...]:
-        """What jobs must share to be made side by side."""
-        return self.script.num_frames, self.script.switch_frames, self.script.start_from
+        """What jobs must share to be made side by side: also where the prompt does not change at a switch, as a switch
+        of one video recaches all."""
+        script = self.script
+        changes = [before != after for before, after in itertools.pairwise(script.prompts)]
+        return script.num_frames, script.switch_frames, changes, script.start_from
 
 
 @dataclass(frozen=True)
@@ -59,18 +65,29 @@ def plan_jobs(
 ) -> list[Job]:
     """All videos of a run: `num_samples` of every script, with seeds seed, seed + 1, ... (the script's own seed first).
 
-    identity: whatever else determines the picture; it enters the fingerprint in the names.
+    identity: whatever else determines the files; it enters the fingerprint in the names. Scripts that would make the
+    same video under the same name make it once.
     """
-    jobs = []
+    jobs: dict[str, Job] = {}
     for index, script in enumerate(scripts):
         for sample in range(num_samples):
             job_seed = (seed if script.seed is None else script.seed) + sample
-            content = {**identity, **asdict(script), "line": None, "seed": job_seed}
-            digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:6]
-            words = "-".join(re.findall(r"[a-z0-9]+", script.prompts[0].lower()))[:60].strip("-")
+            clip = None if script.start_from is None else fingerprint(Path(script.start_from))
+            content = {**identity, **asdict(script), "start_from": clip, "seed": job_seed}
+            digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
+            words = "-".join(re.findall(r"\w+", script.prompts[0].lower()))[:60].strip("-")
             stem = f"{index:03d}-{sample}" if by_index else f"{words or 'prompt'}-{sample}"
-            jobs.append(Job(f"{stem}-{digest}", script, job_seed))
-    return jobs
+            name = f"{stem}-{digest}"
+            jobs[name] = Job(name, script, job_seed)
+    return list(jobs.values())
+
+
+def missing_jobs(jobs: Sequence[Job], output: OutputConfig) -> list[Job]:
+    """The jobs whose video is not there yet; all, if they are to be overwritten."""
+    missing = [job for job in jobs if output.overwrite or not (output.folder / f"{job.name}.mp4").exists()]
+    if len(missing) < len(jobs):
+        log.info("%d of %d videos are there already in %s", len(jobs) - len(missing), len(jobs), output.folder)
+    return missing
 
 
 def make_videos(
@@ -83,21 +100,24 @@ def make_videos(
     info: Mapping[str, Any],
     progress: bool,
 ) -> None:
-    """Make every job's video that is not there yet. info: what the sidecars say besides prompts, seed and timings."""
-    wanted = [job for job in jobs if output.overwrite or not (output.folder / f"{job.name}.mp4").exists()]
-    if len(wanted) < len(jobs):
-        log.info("%d of %d videos are there already in %s", len(jobs) - len(wanted), len(jobs), output.folder)
-    clips = {path: load_clip(path, session_config, output.fps) for path in {job.script.start_from for job in wanted}}
+    """Make every job's video. info: what the sidecars say besides prompts, seed and timings."""
     factor = models.vae.config.temporal_factor
-    total = sum(num_video_frames(job.script, clips[job.script.start_from], factor) for job in wanted)
-    with tqdm(total=total, unit=" frames", disable=not progress, dynamic_ncols=True, smoothing=0.05) as bar:
-        for _, group in itertools.groupby(wanted, key=lambda job: job.schedule):
+    total = sum(num_video_frames(job.script, None, factor) for job in jobs)
+    with (
+        logging_redirect_tqdm(),
+        tqdm(total=total, unit=" frames", disable=not progress, dynamic_ncols=True, smoothing=0.05) as bar,
+    ):
+        for _, group in itertools.groupby(jobs, key=lambda job: job.schedule):
             same = list(group)
             for first in range(0, len(same), batch_size):
                 batch = same[first : first + batch_size]
                 bar.set_description(batch[0].name)
                 session = Session(models, session_config, [job.seed for job in batch])
-                _make_batch(session, output, batch, clips[batch[0].script.start_from], info, bar)
+                script = batch[0].script
+                clip = load_clip(script.start_from, session_config, output.fps)
+                added = num_video_frames(script, clip, factor) - num_video_frames(script, None, factor)
+                bar.total += added * len(batch)
+                _make_batch(session, output, batch, clip, info, bar)
                 session.close()
 
 
@@ -215,13 +235,14 @@ class VideoFile:
             "start_from": script.start_from,
             "fps": self.output.fps,
         }
-        write_sidecar(self.path.with_suffix(".json"), {**told, **info})
+        write_json(self.path.with_suffix(".json"), {**told, **info})
 
 
 def on_host(chunks: Iterable[Chunk]) -> Iterator[Tensor]:
-    """The pixels of each chunk on the CPU. One chunk behind: the GPU makes the next while the caller uses this one."""
-    waiting: tuple[Tensor, torch.cuda.Event] | None = None
-    for chunk in chunks:
+    """The pixels of each chunk on the CPU: the first at once, the others one chunk behind, so that the GPU makes the
+    next while the caller uses this one."""
+    waiting: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+    for number, chunk in enumerate(chunks):
         if chunk.pixels.device.type != "cuda":
             yield chunk.pixels
             continue
@@ -229,13 +250,18 @@ def on_host(chunks: Iterable[Chunk]) -> Iterator[Tensor]:
         host.copy_(chunk.pixels, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-        if waiting is not None:
-            waiting[1].synchronize()
-            yield waiting[0]
-        waiting = host, copied
-    if waiting is not None:
-        waiting[1].synchronize()
-        yield waiting[0]
+        waiting.append((host, copied))
+        if number != 1:
+            yield _arrived(waiting)
+    while waiting:
+        yield _arrived(waiting)
+
+
+def _arrived(waiting: "deque[tuple[Tensor, torch.cuda.Event]]") -> Tensor:
+    """The oldest download, once it is complete."""
+    host, copied = waiting.popleft()
+    copied.synchronize()
+    return host
 
 
 class Clock:

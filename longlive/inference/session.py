@@ -96,6 +96,9 @@ class Session:
         step = factor * models.generator.config.patch_size[1]
         if config.height % step or config.width % step:
             raise InputError(f"resolution {config.height}x{config.width}: height and width must be multiples of {step}")
+        window, needed = config.cache.window_frames, config.cache.sink_frames + config.sampler.frames_per_block
+        if window != -1 and window < needed:
+            raise InputError(f"window_frames={window}: must be -1 or hold the sink and a block, at least {needed}")
         self.models = models
         self.config = config
         self.seeds = tuple(seeds)
@@ -112,7 +115,11 @@ class Session:
         return self._rollout.num_frames
 
     def set_prompt(self, prompts: str | Sequence[str]) -> None:
-        """The prompt (one for all videos, or one each) from the next block on. Cheap until that block is made."""
+        """The prompt (one for all videos, or one each) from the next block on. Cheap until that block is made.
+
+        A new prompt for one video recaches all of the session; videos that switch at other times belong in sessions of
+        their own.
+        """
         each = (prompts,) * len(self.seeds) if isinstance(prompts, str) else tuple(prompts)
         if len(each) != len(self.seeds):
             raise InputError(f"{len(each)} prompts for {len(self.seeds)} videos")
@@ -134,7 +141,8 @@ class Session:
 
         Returns the given frames as the models see them.
         """
-        assert self.num_frames == 0, "a session can only begin with a clip"
+        if self.num_frames:
+            raise InputError(f"start_from after {self.num_frames} frames: a session can only begin with a clip")
         self._switch()
         batch = pixels.expand(len(self.seeds), -1, -1, -1, -1)
         latents = self.models.vae.encode(batch.to(self.models.device)).float()

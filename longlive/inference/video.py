@@ -1,10 +1,8 @@
-"""Frames to and from files: mp4 written as it is made, contact sheet, JSON sidecar, pictures and clips to start from.
+"""Frames to and from files: mp4 written as it is made, contact sheet, pictures and clips to start from.
 
-Frames are uint8 RGB tensors [F, H, W, 3] (F = video frames). Every file is written as `NAME.partial.EXT` and takes its
-final name only once it is complete.
+Frames are uint8 RGB tensors [F, H, W, 3] (F = video frames). A file takes its name only once it is complete.
 """
 
-import json
 import os
 import tempfile
 import textwrap
@@ -12,7 +10,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
-from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,6 +23,7 @@ from torch import Tensor
 
 from longlive.data.prompts import VIDEO_FRAMES_PER_LATENT
 from longlive.errors import InputError
+from longlive.weights.files import atomic_file
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -52,17 +50,18 @@ class VideoWriter:
     killed (then without the last two seconds or so, which are still in the encoder). Leaving the context completes it
     and renames it to `NAME.mp4`; leaving by an exception, Ctrl-C included, completes it under its partial name. A video
     of no frames leaves no file. Raises `InputError` when the folder cannot be written or the disk is full; the final
-    name then does not appear.
+    name then does not appear. Threads may take turns with it, but not use it at once.
     """
 
     def __init__(self, path: str | Path, fps: int, height: int, width: int, crf: int = 18) -> None:
         self.path = Path(path)
-        self.partial_path = _partial(self.path)
+        self.partial_path = self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}")
         self.num_frames = 0
         self._time_base = Fraction(1, fps)
         check_writable(self.path.parent)
         with _reporting_write_errors(self.path):
-            self._container = av.open(str(self.partial_path), "w", format="mp4", options=_MP4_OPTIONS)
+            # Absolute, because FFmpeg takes what stands before a colon in a relative path for a protocol.
+            self._container = av.open(str(self.partial_path.absolute()), "w", format="mp4", options=_MP4_OPTIONS)
             encoder = {"crf": str(crf), "g": str(fps), **_H264_OPTIONS, **_COLOUR_OPTIONS}
             self._stream = self._container.add_stream("libx264", rate=fps, options=encoder)
             self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
@@ -147,9 +146,8 @@ class ContactSheet:
             sheet.paste(tile, (x, y))
             self._draw_label(sheet, x, y + tile.height + self._LABEL_PX // 2, index, number if indent_px else None)
         self._draw_legend(sheet, legend_top_px, indent_px, legend)
-        png = BytesIO()
-        sheet.save(png, format="PNG")
-        _write_atomically(Path(path), png.getvalue())
+        with atomic_file(path) as file:
+            sheet.save(file, format="PNG")
 
     def _draw_label(self, sheet: Image.Image, x: int, y: int, index: int, number: int | None) -> None:
         """Below a tile: the time at its right end, the number of its prompt at the left. `y` is the line's middle."""
@@ -175,11 +173,6 @@ class ContactSheet:
         draw.text((x + 11, y), str(number), self._BACKGROUND, _font(), anchor="mm")
 
 
-def write_sidecar(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write `content` as indented JSON in its own order. Raises `InputError` when it cannot be written."""
-    _write_atomically(Path(path), (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-
-
 def read_clip(path: str | Path, height: int, width: int, fps: int, max_frames: int = 81) -> Tensor:
     """Read a picture or clip as uint8 [F, height, width, 3] with F = 1 + 4k <= `max_frames`.
 
@@ -193,8 +186,8 @@ def read_clip(path: str | Path, height: int, width: int, fps: int, max_frames: i
     try:
         for picture in _pictures(path, fps):
             newest.append(_fit(picture, height, width))
-    # Damaged files also make Pillow raise SyntaxError and DecompressionBombError.
-    except (OSError, av.FFmpegError, SyntaxError, Image.DecompressionBombError) as error:
+    # Damaged files also make Pillow raise SyntaxError, ValueError and DecompressionBombError.
+    except (OSError, av.FFmpegError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: cannot be read as a picture or video ({error})") from None
     if not newest:
         raise InputError(f"{path}: holds no picture")
@@ -203,16 +196,15 @@ def read_clip(path: str | Path, height: int, width: int, fps: int, max_frames: i
 
 
 def _pictures(path: Path, fps: int) -> Iterator[Image.Image]:
-    """The one picture of an image file, or those of a clip at `fps`, upright."""
+    """The one picture of an image file, or those of a clip at `fps`, upright. None of a clip of sound alone."""
     if path.suffix.lower() in IMAGE_SUFFIXES:
         with Image.open(path) as picture:
             yield ImageOps.exif_transpose(picture)
         return
-    with av.open(str(path), metadata_errors="replace") as container:
-        if not container.streams.video:
-            raise InputError(f"{path}: has no video stream")
-        for frame in _at_rate(container.decode(video=0), fps):
-            yield frame.to_image().rotate(frame.rotation, expand=True)
+    with av.open(str(path.absolute()), metadata_errors="replace") as container:
+        if container.streams.video:
+            for frame in _at_rate(container.decode(video=0), fps):
+                yield frame.to_image().rotate(frame.rotation, expand=True)
 
 
 def _at_rate(frames: Iterable[av.VideoFrame], fps: int) -> Iterator[av.VideoFrame]:
@@ -255,20 +247,6 @@ def _wrap(text: str, width_px: int) -> list[str]:
     text = " ".join(text.split())
     mean_px = _font().getlength(text) / max(len(text), 1)
     return textwrap.wrap(text, int(width_px / max(mean_px, 1) / 1.06), max_lines=8, placeholder=" …") or [""]
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.stem}.partial{path.suffix}")
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    partial = _partial(path)
-    with _reporting_write_errors(path):
-        try:
-            partial.write_bytes(content)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 @contextmanager

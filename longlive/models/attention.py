@@ -6,7 +6,7 @@ flash-attn, which is optional.
 """
 
 from collections.abc import Callable
-from importlib.util import find_spec
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -60,12 +60,15 @@ def _available(name: str, device: torch.device, dtype: torch.dtype) -> bool:
         return True
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
-    hopper = torch.cuda.get_device_capability(device)[0] == 9
-    return {
-        "cudnn": torch.backends.cudnn.is_available(),
-        "flash2": find_spec("flash_attn") is not None,
-        "flash3": hopper and find_spec("flash_attn_interface") is not None,
-    }[name]
+    if name == "cudnn":
+        return torch.backends.cudnn.is_available()
+    if name == "flash3" and torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    try:
+        import_module({"flash2": "flash_attn", "flash3": "flash_attn_interface"}[name])
+    except ImportError:  # not there, or built for another torch
+        return False
+    return True
 
 
 def select_attention(name: str, device: torch.device, dtype: torch.dtype) -> AttentionFn:

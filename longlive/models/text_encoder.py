@@ -1,13 +1,13 @@
 """UMT5 text encoder: prompts to the embeddings that condition the DiT.
 
-Layer 1. The network is transformers' UMT5; cleaning, tokens, padding and checkpoint names are those of Wan2.1.
+Layer 1. The network is transformers' UMT5; cleaning, tokens and padding are those of Wan2.1.
 Shapes: B prompts, L = text_len tokens, D = dim.
 """
 
 import html
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,67 +166,9 @@ class PromptCache:
         for prompt in prompts:
             self._embeddings.move_to_end(prompt)
         stacked = torch.stack([self._embeddings[prompt] for prompt in prompts])
-        while len(self._embeddings) > self.max_prompts:
+        while len(self._embeddings) > max(self.max_prompts, len(set(prompts))):
             self._embeddings.popitem(last=False)
         return stacked
 
     def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
         return {prompt: self.encoder([prompt], self.device)[0] for prompt in prompts}
-
-
-EMBEDDING = "encoder.embed_tokens.weight"
-EMBEDDING_ALIAS = "shared.weight"
-
-# Inside a block: Wan's name -> transformers' name.
-BLOCK_NAMES = {
-    "norm1.weight": "layer.0.layer_norm.weight",
-    "attn.q.weight": "layer.0.SelfAttention.q.weight",
-    "attn.k.weight": "layer.0.SelfAttention.k.weight",
-    "attn.v.weight": "layer.0.SelfAttention.v.weight",
-    "attn.o.weight": "layer.0.SelfAttention.o.weight",
-    "pos_embedding.embedding.weight": "layer.0.SelfAttention.relative_attention_bias.weight",
-    "norm2.weight": "layer.1.layer_norm.weight",
-    "ffn.gate.0.weight": "layer.1.DenseReluDense.wi_0.weight",
-    "ffn.fc1.weight": "layer.1.DenseReluDense.wi_1.weight",
-    "ffn.fc2.weight": "layer.1.DenseReluDense.wo.weight",
-}
-
-
-def original_names(num_layers: int) -> dict[str, str]:
-    """Name of every weight in Wan's `models_t5_umt5-xxl-enc-bf16.pth` -> its name in transformers."""
-    names = {"token_embedding.weight": EMBEDDING, "norm.weight": "encoder.final_layer_norm.weight"}
-    for i in range(num_layers):
-        names |= {f"blocks.{i}.{wan}": f"encoder.block.{i}.{hf}" for wan, hf in BLOCK_NAMES.items()}
-    return names
-
-
-def load_text_encoder_state(encoder: TextEncoder, state_dict: Mapping[str, Tensor], source: str) -> None:
-    """Make the tensors of `state_dict`, read from `source`, the parameters of `encoder`, without copying them.
-
-    Takes Wan's original names or transformers' (`shared.weight`, `encoder.embed_tokens.weight` or both). The encoder
-    takes the tensors' dtype and device; it may have been built on the meta device. Raises InputError, naming `source`
-    and the keys as they are in the file, if any is missing, unexpected or of another shape.
-    """
-    own = encoder.state_dict()
-    if "token_embedding.weight" in state_dict:
-        names = original_names(encoder.config.num_layers)
-    else:
-        names = {name: name for name in own}
-        if EMBEDDING_ALIAS in state_dict:
-            state_dict = {name: tensor for name, tensor in state_dict.items() if name != EMBEDDING}
-            names = {EMBEDDING_ALIAS if name == EMBEDDING else name: name for name in own}
-    _reject(source, "missing", [name for name in names if name not in state_dict])
-    _reject(source, "unexpected", [name for name in state_dict if name not in names])
-    wrong = [
-        f"{name} {list(state_dict[name].shape)} instead of {list(own[hf].shape)}"
-        for name, hf in names.items()
-        if state_dict[name].shape != own[hf].shape
-    ]
-    _reject(source, "wrongly shaped", wrong)
-    encoder.load_state_dict({hf: state_dict[name] for name, hf in names.items()}, assign=True)
-
-
-def _reject(source: str, problem: str, keys: list[str]) -> None:
-    if keys:
-        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-        raise InputError(f"{source}: not a UMT5 encoder of this size; {problem}: {', '.join(keys[:3])}{more}")

@@ -92,7 +92,7 @@ def convert(
     source, destination = Path(source), Path(destination)
     networks = [read_network(found, source, use_ema) for found in _parts_in(source, part)]
     if lora is not None:
-        networks = [_with_lora(network, lora, alpha) for network in networks]
+        networks = [_with_lora(network, lora, alpha, dtype) for network in networks]
         if not any(network.part is DIT for network in networks):
             raise InputError(f"{source}: has no transformer to merge {lora} into")
     if destination.suffix == ".safetensors":
@@ -126,12 +126,12 @@ def _parts_in(source: Path, wanted: str | None) -> list[Part[Any]]:
     return chosen
 
 
-def _with_lora(network: Network, lora: str | Path, alpha: float | None) -> Network:
+def _with_lora(network: Network, lora: str | Path, alpha: float | None, dtype: torch.dtype | None) -> Network:
     if network.part is not DIT:
         return network
     pairs = read_lora(lora)
     scale_alpha = lora_rank(pairs) if alpha is None else alpha
-    return replace(network, state_dict=merge_lora(network.state_dict, pairs, scale_alpha, lora))
+    return replace(network, state_dict=merge_lora(network.state_dict, pairs, scale_alpha, lora, dtype))
 
 
 def _write_folder(

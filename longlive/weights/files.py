@@ -5,6 +5,7 @@ checkpoint never sits in memory twice. The mapping is private, so changing such 
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import struct
@@ -25,6 +26,7 @@ StateDict = dict[str, Tensor]
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
 _NUM_KEYS_SHOWN = 3
+_NUM_SAMPLES, _SAMPLE_BYTES = 64, 4096
 _SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -74,6 +76,29 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def fingerprint(path: str | Path) -> str:
+    """A short hex digest of what a file holds; for an `.index.json` file, of its shards as well.
+
+    Cheap for huge files: of those beyond 256 KiB only the size and 64 evenly spread blocks count. Copies have the same
+    digest, whatever their names and dates; training changes weights everywhere and hence the digest, but an edit of a
+    few bytes may go unseen. Raises `InputError` as `read_checkpoint` does for a file that is not there or a stand-in.
+    """
+    path = Path(path)
+    _check_readable(path)
+    shards = sorted(set(_weight_map(path).values())) if path.name.endswith(".index.json") else []
+    digest = hashlib.sha256()
+    for file in [path, *shards]:
+        _check_readable(file)
+        size = file.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        step = max(_SAMPLE_BYTES, (size - _SAMPLE_BYTES) // (_NUM_SAMPLES - 1))
+        with file.open("rb") as content:
+            for start in range(0, size, step):
+                content.seek(start)
+                digest.update(content.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
     """Open a temporary file beside `path` for writing; it takes the place of `path` only when all went well.
@@ -100,9 +125,11 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object atomically."""
+    """Write a JSON object atomically, text as it is (UTF-8)."""
+    # What UTF-8 cannot hold, lone surrogates, becomes \udcxx, which is JSON's own escape for them.
+    encoded = json.dumps(content, indent=2, ensure_ascii=False).encode(errors="backslashreplace")
     with atomic_file(path) as file:
-        file.write(json.dumps(content, indent=2).encode() + b"\n")
+        file.write(encoded + b"\n")
 
 
 def write_pickle(path: str | Path, state_dict: StateDict, dtype: torch.dtype | None = None) -> None:
@@ -227,11 +254,17 @@ def _read_pickle(path: Path) -> dict[str, Any]:
 
 
 def _read_shards(index: Path) -> StateDict:
+    weight_map = _weight_map(index)
+    shards = {file: read_checkpoint(file) for file in sorted(set(weight_map.values()))}
+    missing = [f"{name} in {file.name}" for name, file in weight_map.items() if name not in shards[file]]
+    if missing:
+        raise InputError(f"{index}: tensors listed but not there: {shorten(missing)}")
+    return {name: shards[file][name] for name, file in weight_map.items()}
+
+
+def _weight_map(index: Path) -> dict[str, Path]:
+    """Tensor name -> the shard, beside the index, that holds it."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: has no weight_map of tensor names to files")
-    shards = {name: read_checkpoint(index.parent / Path(str(name)).name) for name in sorted(set(weight_map.values()))}
-    missing = [f"{key} in {name}" for key, name in weight_map.items() if key not in shards[name]]
-    if missing:
-        raise InputError(f"{index}: tensors listed but not there: {shorten(missing)}")
-    return {key: shards[name][key] for key, name in weight_map.items()}
+    return {name: index.parent / Path(str(file)).name for name, file in weight_map.items()}

@@ -7,16 +7,27 @@ original names and the config in the metadata), and checkpoints of Self-Forcing 
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
+
 from longlive.errors import InputError
 from longlive.models.dit import DiTConfig
-from longlive.models.text_encoder import EMBEDDING, EMBEDDING_ALIAS, TextEncoderConfig, original_names
+from longlive.models.text_encoder import TextEncoder, TextEncoderConfig
 from longlive.models.vae import VAEConfig
-from longlive.weights.files import StateDict, read_checkpoint, read_json, read_metadata, shorten, state_dict_of
+from longlive.weights.files import (
+    StateDict,
+    check_fit,
+    load_into,
+    read_checkpoint,
+    read_json,
+    read_metadata,
+    shorten,
+    state_dict_of,
+)
 
 Config = TypeVar("Config", DiTConfig, VAEConfig, TextEncoderConfig)
 Names = dict[str, str]
@@ -112,9 +123,29 @@ def vae_names(num_levels: int, num_res_blocks: int) -> Names:
     return names
 
 
+_TEXT_ENCODER_NAMES = {"token_embedding": "shared", "norm": "encoder.final_layer_norm"}
+_TEXT_ENCODER_BLOCK_NAMES = {
+    "norm1": "layer.0.layer_norm",
+    "attn": "layer.0.SelfAttention",
+    "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
+    "norm2": "layer.1.layer_norm",
+    "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
+    "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+    "ffn.fc2": "layer.1.DenseReluDense.wo",
+}
+# The embedding has two names in transformers: either may be in a file, and our module, which is only a part of
+# transformers' model, has this one.
+_EMBEDDING_ALIAS = {"encoder.embed_tokens": "token_embedding"}
+
+
 def text_encoder_names(num_layers: int) -> Names:
     """Original -> transformers names of a UMT5 encoder."""
-    return original_names(num_layers) | {"token_embedding.weight": EMBEDDING_ALIAS}
+    blocks = {
+        f"blocks.{n}.{old}": f"encoder.block.{n}.{new}"
+        for n in range(num_layers)
+        for old, new in _TEXT_ENCODER_BLOCK_NAMES.items()
+    }
+    return _TEXT_ENCODER_NAMES | blocks
 
 
 # --- sizes, from names and shapes -------------------------------------------------------------------------------------
@@ -264,11 +295,11 @@ TEXT_ENCODER = Part(
         "models_t5_umt5-xxl-enc-bf16.pth",
     ),
     original_key="token_embedding.weight",
-    hub_keys=(EMBEDDING, EMBEDDING_ALIAS),
+    hub_keys=("encoder.embed_tokens.weight", "shared.weight"),
     config_key="d_model",
     names_of=_text_encoder_names_of,
     sizes_of=_text_encoder_sizes,
-    aliases={EMBEDDING: "token_embedding.weight"},
+    aliases=_EMBEDDING_ALIAS,
 )
 PARTS: dict[str, Part[Any]] = {part.name: part for part in (DIT, VAE, TEXT_ENCODER)}
 TOKENIZER_PLACES = ("tokenizer", "google/umt5-xxl")
@@ -332,11 +363,23 @@ def find_tokenizer(path: str | Path) -> Path:
     raise InputError(f"{path}: no tokenizer there; looked for {', '.join(TOKENIZER_PLACES)}")
 
 
-def read_part(part: Part[Config], path: str | Path, network: str = "generator") -> tuple[Config, StateDict]:
+def weight_files(folder: Path, parts: Iterable[Part[Any]] = PARTS.values()) -> list[Path]:
+    """The files that `parts` are read from in a Wan folder, then `tokenizer.json`; what is not there is left out.
+
+    Of a sharded part this is the index. Raises `InputError` as `find_weights` does.
+    """
+    files = [find_weights(part, folder) for part in parts if holds(part, folder)]
+    tokenizers = [folder / place / "tokenizer.json" for place in TOKENIZER_PLACES]
+    return files + [path for path in tokenizers if path.is_file()][:1]
+
+
+def read_part(
+    part: Part[Config], path: str | Path, network: str = "generator", folder: Path | None = None
+) -> tuple[Config, StateDict]:
     """Sizes and weights (original names, views of the file) of `part` from a file or a folder in any layout.
 
-    Sizes are those of the `config.json` beside the weights or of our own metadata, the others follow from shapes.
-    `network` chooses in training checkpoints, see `select_network`. Raises `InputError` naming the file.
+    Sizes are told as in `make_config`. `network` chooses in training checkpoints, see `select_network`. Raises
+    `InputError` naming the file.
     """
     file = find_weights(part, path)
     checkpoint = read_checkpoint(file)
@@ -344,12 +387,20 @@ def read_part(part: Part[Config], path: str | Path, network: str = "generator") 
         state_dict = select_network(checkpoint, file, network)
     else:
         state_dict = part.to_original(state_dict_of(checkpoint, file))
-    return make_config(part, state_dict, file), state_dict
+    return make_config(part, state_dict, file, folder), state_dict
 
 
 def read_dit(path: str | Path, network: str = "generator") -> tuple[DiTConfig, StateDict]:
     """`read_part` for the transformer. Without a config heads are taken to be 128 wide, as in all Wan models."""
     return read_part(DIT, path, network)
+
+
+def read_generator(checkpoint: str | Path, wan_folder: Path, network: str = "generator") -> tuple[DiTConfig, StateDict]:
+    """`read_part` for a transformer whose file may not tell its config: then it is the one told in `wan_folder`.
+
+    `wan_folder` needs no weights of a transformer, and need not exist.
+    """
+    return read_part(DIT, checkpoint, network, wan_folder)
 
 
 def read_vae(path: str | Path) -> tuple[VAEConfig, StateDict]:
@@ -362,6 +413,15 @@ def read_text_encoder(path: str | Path) -> tuple[TextEncoderConfig, StateDict, P
     return *read_part(TEXT_ENCODER, path), find_tokenizer(path)
 
 
+def load_text_encoder(
+    encoder: TextEncoder, state_dict: StateDict, source: str | Path, dtype: torch.dtype | None = None
+) -> None:
+    """`load_into` for the text encoder, whose module has transformers' names: `state_dict` and errors have Wan's."""
+    check_fit(TEXT_ENCODER.to_original(encoder.state_dict()), state_dict, source)
+    names = text_encoder_names(encoder.config.num_layers) | inverse(_EMBEDDING_ALIAS)
+    load_into(encoder, rename(state_dict, names), source, dtype)
+
+
 _CONFIG_NAMES = {
     "num_attention_heads": "num_heads",
     "in_dim": "in_channels",
@@ -372,10 +432,14 @@ _CONFIG_NAMES = {
 }
 
 
-def make_config(part: Part[Config], state_dict: StateDict, file: Path) -> Config:
-    """The config of weights with original names, which were read from `file`."""
+def make_config(part: Part[Config], state_dict: StateDict, file: Path, folder: Path | None = None) -> Config:
+    """The config of weights with original names, which were read from `file`.
+
+    Told by our metadata in `file` or a `config.json` beside it; else, where a model `folder` in any layout is given,
+    by the same there; what is not told follows from shapes. Raises `InputError` naming the file.
+    """
     names = {entry.name for entry in fields(part.config)}
-    told = {_CONFIG_NAMES.get(name, name): value for name, value in _told_config(part, file).items()}
+    told = {_CONFIG_NAMES.get(name, name): value for name, value in _told_config(part, file, folder).items()}
     told = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items() if name in names}
     try:
         values = part.sizes_of(state_dict) | told
@@ -388,14 +452,20 @@ def make_config(part: Part[Config], state_dict: StateDict, file: Path) -> Config
         raise InputError(f"{file}: {error}") from error
 
 
-def _told_config(part: Part[Any], file: Path) -> dict[str, Any]:
-    """Config entries from our metadata in `file`, or from a `config.json` beside it that is about `part`."""
-    if file.suffix == ".safetensors":
+def _told_config(part: Part[Any], file: Path, folder: Path | None) -> dict[str, Any]:
+    told = _config_at(part, file, [file.parent])
+    if told or folder is None:
+        return told
+    return _config_at(part, folder / f"{part.name}.safetensors", [(folder / place).parent for place in part.places])
+
+
+def _config_at(part: Part[Any], file: Path, folders: list[Path]) -> dict[str, Any]:
+    """Config entries from our metadata in `file`, or from a `config.json` in `folders` that is about `part`."""
+    if file.suffix == ".safetensors" and file.is_file():
         metadata = read_metadata(file)
         if metadata.get("part") == part.name:
             return json.loads(metadata["config"])
-    beside = file.parent / "config.json"
-    if beside.is_file():
-        config = read_json(beside)
-        return config if part.config_key in config else {}
+    for path in (folder / "config.json" for folder in folders):
+        if path.is_file() and part.config_key in (config := read_json(path)):
+            return config
     return {}

@@ -65,11 +65,14 @@ def check_rank(lora: Lora, rank: int, source: str | Path) -> None:
         raise InputError(f"{source}: LoRA rank is {lora_rank(lora)}, but rank {rank} was asked for")
 
 
-def merge_lora(state_dict: StateDict, lora: Lora, alpha: float, source: str | Path) -> StateDict:
+def merge_lora(
+    state_dict: StateDict, lora: Lora, alpha: float, source: str | Path, dtype: torch.dtype | None = None
+) -> StateDict:
     """A copy of `state_dict` (original names) with W + (alpha / rank) B A, computed in float32, in W's type.
 
-    Weights without LoRA are shared with `state_dict`. Raises `InputError` naming `source` and the modules for which
-    `state_dict` has no weight, or one of another shape.
+    dtype: instead of W's type for the merged weights. Each is cast as soon as it is merged, so that a model meant for
+    bfloat16 is never in memory as float32. Weights without LoRA are shared with `state_dict` as they are. Raises
+    `InputError` naming `source` and the modules for which `state_dict` has no weight, or one of another shape.
     """
     _check_targets(lora, state_dict, source)
     scale = alpha / lora_rank(lora)
@@ -77,7 +80,7 @@ def merge_lora(state_dict: StateDict, lora: Lora, alpha: float, source: str | Pa
     for module, (a, b) in lora.items():
         weight = state_dict[f"{module}.weight"]
         update = (b.float() @ a.float()).mul_(scale).to(weight.device)
-        merged[f"{module}.weight"] = update.add_(weight).to(weight.dtype)
+        merged[f"{module}.weight"] = update.add_(weight).to(dtype or weight.dtype)
     return merged
 
 
