@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_fixture import Case, parts
+from golden_fixture import Case, cases, parts
 from test_golden_core import cache_config, dit_config
 from torch import Tensor
 
 from longlive.models.dit import WanDiT
+from longlive.training.ema import EMA
 from longlive.weights.files import StateDict, load_into, read_checkpoint
 from longlive.weights.formats import select_network
 from longlive.weights.lora import attach_lora, merge_lora, read_lora
@@ -80,3 +81,15 @@ def test_checkpoint(folder: Path, output: str) -> None:
     forward = score_forward if "critic" in output else cached_forward
     for model in models(case, output):
         case.check(output, forward(case, model))
+
+
+@pytest.mark.parametrize("folder", cases("12"))
+def test_ema(folder: Path) -> None:
+    case = Case(folder)
+    ema = EMA([case.input("ema_w0"), case.input("ema_b0")], case.config["ema_decay"])
+    shadows = []
+    for step in zip(case.input("ema_upd_w"), case.input("ema_upd_b"), strict=True):
+        ema.update(step)
+        shadows.append([shadow.clone() for shadow in ema.shadow])
+    for output, shadow in zip(("ema_shadow_w", "ema_shadow_b"), zip(*shadows, strict=True), strict=True):
+        case.check(output, torch.stack(shadow))

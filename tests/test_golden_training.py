@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from longlive.flow import FlowSchedule
 from longlive.models.dit import WanDiT
 from longlive.models.kv_cache import CacheConfig
-from longlive.rollout import BlockTraining, Rollout, Sampler, SamplerConfig
+from longlive.models.vae import VAEConfig, WanVAE
+from longlive.rollout import Rollout, Sampler, SamplerConfig
 from longlive.training.dmd import DMD, DMDConfig
+from longlive.training.streaming import ChunkNoise, StreamingSequence, make_clip
 
 pytestmark = pytest.mark.golden
 
@@ -24,26 +26,36 @@ def trainable(case: Case, model: dict[str, Any], weights: str) -> WanDiT:
     return dit
 
 
-def gradients(case: Case, prefix: str, module: nn.Module) -> dict[str, Tensor]:
-    """The gradients of a module under the names of the outputs: `<prefix>grad.<parameter>`, `<prefix>grad_norms`."""
+def gradients(case: Case, prefix: str, module: nn.Module, names: list[str] | None = None) -> dict[str, Tensor]:
+    """The gradients of a module under the names of the outputs: `<prefix>grad.<parameter>`, `<prefix>grad_norms`.
+
+    names: the order of the norms, by default the case's `param_names`.
+    """
     parameters = dict(module.named_parameters())
     found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()}
-    norms = torch.stack([found[name].norm() for name in case.spec["param_names"]])
+    norms = torch.stack([found[name].norm() for name in names or case.spec["param_names"]])
     return {f"{prefix}grad.{name}": gradient for name, gradient in found.items()} | {f"{prefix}grad_norms": norms}
 
 
 def make_rollout(case: Case, settings: dict[str, Any], capacity_frames: int) -> Rollout:
     sampler = SamplerConfig(
         steps=tuple(settings["denoising_step_list"]),
-        warp=settings["warp_denoising_step"],
+        warp=settings.get("warp_denoising_step", True),
         shift=settings["timestep_shift"],
-        context_timestep=float(settings["context_noise"]),
+        context_timestep=float(settings.get("context_noise", 0)),
         frames_per_block=settings["num_frame_per_block"],
     )
     dit = trainable(case, settings["model"], "causal")
     cache_config = CacheConfig(settings["window"], settings["sink"])
     cache = dit.new_cache(cache_config, 1, *settings["latent"], capacity_frames)
     return Rollout(dit, Sampler(sampler), cache, "published_training")
+
+
+def chunk_noise(case: Case, first: int, length: int, exit_steps: list[int]) -> ChunkNoise:
+    """The stored random numbers of frames [first, first + length)."""
+    span = slice(first, first + length)
+    renoise = [noise[:, span] for noise in case.input("renoise")]
+    return ChunkNoise(case.input("noise")[:, span], renoise, case.input("context_noise_eps")[:, span], exit_steps)
 
 
 def step_number(sampler: Sampler, step: int) -> int:
@@ -59,18 +71,9 @@ def test_training_rollout(folder: Path, name: str) -> None:
     settings = case.settings(name)
     frames, num, flags = settings["num_training_frames"], settings["num_frame_per_block"], settings["flags"]
     rollout = make_rollout(case, settings, settings["window"] + frames)
-    noise, renoise, context = (case.input(key) for key in ("noise", "renoise", "context_noise_eps"))
-    prompt = case.input("prompt0")
-    with torch.no_grad():
-        rollout.set_text(rollout.model.project_text(prompt))
-    blocks = []
-    for block, start in enumerate(range(0, frames, num)):
-        exit_step = flags[0 if settings["same"] else block]
-        span = slice(start, start + num)
-        embeds = prompt if start >= frames - settings["slice_last"] else None
-        training = BlockTraining(exit_step, embeds, context[:, span])
-        blocks.append(rollout.next_block(noise[:, span], lambda i, span=span: renoise[i][:, span], training))
-    latents = torch.cat(blocks, dim=1)
+    exit_steps = [flags[0]] * (frames // num) if settings["same"] else flags
+    sequence = StreamingSequence(rollout, [case.input("prompt0")])
+    latents = sequence.generate(chunk_noise(case, 0, frames, exit_steps), frames - settings["slice_last"])
     loss = (latents * case.input("R")[:, :frames]).mean()
     loss.backward()
     exits = [step_number(rollout.sampler, flags[0] + i) for i in range(2)] if settings["same"] else [-1, -1]
@@ -88,24 +91,14 @@ def test_streaming(folder: Path, name: str) -> None:
     settings = case.settings(name)
     num, switch, held = settings["num_frame_per_block"], settings["switch"], settings["kv_cache_frames"]
     rollout = make_rollout(case, settings, held)
-    noise, renoise, context = (case.input(key) for key in ("noise", "renoise", "context_noise_eps"))
-    prompt = case.input("prompt0")
-    rollout.set_text(rollout.model.project_text(prompt))
+    prompts = [case.input("prompt0"), case.input("prompt1")]
+    sequence = StreamingSequence(rollout, prompts[: 1 if switch is None else 2], switch)
     found: dict[str, Tensor] = {}
     for chunk, ((first, length), exit_step) in enumerate(
         zip(settings["chunks"], settings["exit_step_per_chunk"], strict=True)
     ):
         rollout.model.zero_grad()
-        blocks, switches_here = [], switch is not None and first <= switch < first + length
-        for start in range(first, first + length, num):
-            span = slice(start, start + num)
-            if switch is not None and start - num < switch <= start:
-                prompt = case.input("prompt1")
-                rollout.set_text(rollout.model.project_text(prompt))
-            has_gradient = not switches_here or start >= switch
-            training = BlockTraining(exit_step, prompt if has_gradient else None, context[:, span])
-            blocks.append(rollout.next_block(noise[:, span], lambda i, span=span: renoise[i][:, span], training))
-        latents = torch.cat(blocks, dim=1)
+        latents = sequence.generate(chunk_noise(case, first, length, [exit_step] * (length // num)))
         loss = (latents * case.input("R")[:, first : first + length]).mean()
         loss.backward()
         found |= {f"chunk{chunk}.latents": latents, f"chunk{chunk}.loss": loss}
@@ -120,7 +113,55 @@ def test_streaming(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("folder", cases("08b"))
 def test_streaming_model(folder: Path) -> None:
-    pytest.skip("streaming training is not implemented yet")
+    """Chunks in turn for the generator (G) and the critic (C), with the losses on the clips made of them."""
+    case = Case(folder)
+    settings = case.config
+    num, size = settings["num_frame_per_block"], settings["streaming_chunk_size"]
+    rollout = make_rollout(case, settings, settings["kv_cache_frames"])
+    teacher = trainable(case, settings["score_model"], "real_score").requires_grad_(False)
+    critic = trainable(case, settings["score_model"], "fake_score")
+    vae = WanVAE(VAEConfig(base_dim=settings["vae_dim"]))
+    vae.load_state_dict(case.weights("vae"))
+    dmd = DMD(DMDConfig(guidance=settings["guidance_scale"], shift=settings["timestep_shift"]))
+    prompts = [case.input("prompt0"), case.input("prompt1")]
+    sequence = StreamingSequence(rollout, prompts, settings["switch_frame_index"])
+    found: dict[str, Tensor] = {}
+    previous = None
+    for chunk, (role, exit_step, timestep, told) in enumerate(
+        zip(
+            settings["plan"],
+            settings["exit_step_per_chunk"],
+            settings["raw_timestep_per_chunk"],
+            settings["infos"],
+            strict=True,
+        )
+    ):
+        length, trained = told["new_frames_generated"], rollout.model if role == "G" else critic
+        trained.zero_grad()
+        noise = chunk_noise(case, sequence.num_frames, length, [exit_step] * (length // num))
+        new = sequence.generate(noise, 0 if role == "G" else None)
+        clip = make_clip(vae, previous, new, size)
+        frames = new if previous is None else torch.cat([previous, new], dim=1)
+        previous = frames[:, -size:].detach()
+        samples = clip.latents if role == "G" else clip.latents.detach()
+        noised = dmd.noised(samples.detach(), torch.tensor([[timestep]]), case.input("score_noise"))
+        if role == "G":
+            loss, _ = dmd.generator_loss(
+                samples, noised, teacher, critic, sequence.prompt, case.input("uncond"), clip.mask
+            )
+        else:
+            loss = dmd.critic_loss(samples, noised, critic, sequence.prompt, clip.mask)
+        loss.backward()
+        assert sequence.num_frames == told["current_length"]
+        found |= {
+            f"chunk{chunk}.chunk": clip.latents,
+            f"chunk{chunk}.previous_frames_first": previous[:, :1],
+            f"chunk{chunk}.mask_frames": clip.mask.flatten().long(),
+            f"chunk{chunk}.loss": loss,
+        }
+        names = case.spec["param_names_generator" if role == "G" else "param_names_critic"]
+        found |= gradients(case, f"chunk{chunk}.", trained, names)
+    case.check_all("", found)
 
 
 @pytest.mark.parametrize(("folder", "name"), variants("09"))

@@ -1,0 +1,20 @@
+"""Exponential moving average of weights, in float32."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+class EMA:
+    """shadow = decay shadow + (1 - decay) parameter, for a fixed list of parameters; sharded as they are."""
+
+    def __init__(self, parameters: Iterable[Tensor], decay: float) -> None:
+        self.decay = decay
+        self.shadow = [parameter.detach().clone().float() for parameter in parameters]
+
+    @torch.no_grad()
+    def update(self, parameters: Iterable[Tensor]) -> None:
+        """Take in the parameters' present values, in the order given at the start."""
+        for shadow, parameter in zip(self.shadow, parameters, strict=True):
+            shadow.lerp_(parameter.detach().float(), 1 - self.decay)
