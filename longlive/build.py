@@ -32,7 +32,7 @@ from longlive.models.text_encoder import (
 )
 from longlive.models.vae import VAEConfig, WanVAE
 from longlive.rollout import SamplerConfig
-from longlive.weights.files import fingerprint, load_into
+from longlive.weights.files import check_finite, fingerprint, load_into
 from longlive.weights.formats import (
     DIT,
     PARTS,
@@ -234,6 +234,7 @@ def load_generator(config: InferenceConfig, device: torch.device, dtype: torch.d
     else:
         network = "generator_ema" if config.use_ema else "generator"
         dit_config, state = read_generator(Path(config.generator_ckpt), folder, network)
+    check_finite(state, config.generator_ckpt or folder)
     if lora is not None and config.merge_lora:
         state = merge_lora(state, lora, adapter.alpha, lora_path, dtype)
     with torch.device("meta"):

@@ -33,6 +33,7 @@ from longlive.weights import convert as conversion
 from longlive.weights.convert import convert, wan_dit_config
 from longlive.weights.files import (
     atomic_file,
+    check_finite,
     fingerprint,
     load_into,
     read_checkpoint,
@@ -402,7 +403,15 @@ def _bad_files() -> dict[str, tuple[str, Callable[[Path], object], str]]:
         "text": ("x.bin", lambda path: path.write_text("hello " * 99), "truncated or corrupt"),
         "text safetensors": ("x.safetensors", lambda path: path.write_text("hello " * 99), "truncated or corrupt"),
         "code": ("x.pt", lambda path: torch.save({"w": _Code()}, path), "refused, the pickle contains code"),
-        "bare pickle": ("x.pt", lambda path: path.write_bytes(pickle.dumps(_Code(), protocol=2)), "x.pt: "),
+        **{
+            f"bare pickle {n}": (
+                "x.pt",
+                lambda path, n=n: path.write_bytes(pickle.dumps(_Code(), n)),
+                "refused, .* plain",
+            )
+            for n in range(6)
+        },
+        "zeros": ("x.pt", lambda path: path.write_bytes(bytes(1000)), "refused, corrupt or not of plain tensors"),
         "not a dict": (
             "x.pt",
             lambda path: torch.save(torch.ones(1), path),
@@ -427,13 +436,114 @@ def _bad_files() -> dict[str, tuple[str, Callable[[Path], object], str]]:
 
 
 @pytest.mark.parametrize("case", _bad_files())
-def test_bad_file_is_one_clear_line(tmp_path: Path, case: str) -> None:
+def test_bad_file_is_one_clear_line(tmp_path: Path, case: str, recwarn: pytest.WarningsRecorder) -> None:
     name, make, message = _bad_files()[case]
     make(tmp_path / name)
     with pytest.raises(InputError, match=message) as caught:
         read_checkpoint(tmp_path / name)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert not any(word in str(caught.value) for word in ("weights_only", "miniz", ". "))
+    assert not list(recwarn)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({0: torch.ones(2)}, "names as keys, but these are not: 0"),
+        ({"w": 3}, "expected a state dict of tensors, but these entries are not: w"),
+        ({"w": torch.ones(2, dtype=torch.int32)}, r"w is torch\.int32"),
+        ({"w": torch.ones(2, dtype=torch.complex64)}, r"w is torch\.complex64"),
+        ({"w": torch.eye(2).to_sparse()}, r"w is torch\.sparse_coo"),
+        ({"w": torch.ones(2, device="meta")}, r"w is without values \(meta\)"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("read", "nest"),
+    [(read_dit, None), (read_dit, "generator"), (read_vae, None), (read_lora, None), (read_lora, "generator_lora")],
+)
+def test_what_is_no_weight_is_named(
+    tmp_path: Path, entry: dict[Any, Any], message: str, read: Callable[[Path], Any], nest: str | None
+) -> None:
+    torch.save({nest: entry} if nest else entry, tmp_path / "x.pt")
+    with pytest.raises(InputError, match=rf"x\.pt: .*{message}$"):
+        read(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("read", [read_dit, read_lora])
+def test_entries_without_names_are_told(tmp_path: Path, read: Callable[[Path], Any]) -> None:
+    torch.save({0: {"w": torch.ones(2)}}, tmp_path / "x.pt")
+    with pytest.raises(InputError, match=r"x\.pt: has no generator.*; it holds 0"):
+        read(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"eps": "x"}, "eps is 'x', accepted is a positive number"),
+        ({"eps": 0}, "eps is 0, accepted"),
+        ({"eps": float("nan")}, "eps is nan, accepted"),
+        ({"eps": float("inf")}, "eps is inf, accepted"),
+        ({"text_len": 0}, "text_len is 0, accepted is a positive whole number"),
+        ({"text_len": -5}, "text_len is -5, accepted"),
+        ({"text_len": True}, "text_len is True, accepted"),
+        ({"num_heads": 2.0}, r"num_heads is 2\.0, accepted"),
+        ({"num_heads": 5}, "dim=24: must be an even multiple of num_heads=5"),
+        ({"in_dim": [16]}, r"in_dim is \[16\], accepted"),
+        ({"patch_size": [1, 2]}, r"patch_size is \[1, 2\], accepted is three positive whole numbers"),
+        ({"patch_size": [1, 2, 0]}, r"patch_size is \[1, 2, 0\], accepted"),
+        ({"patch_size": 2}, "patch_size is 2, accepted"),
+        ({"model_type": "i2v"}, "model_type is 'i2v', accepted is 't2v'"),
+    ],
+)
+def test_bad_config_names_file_key_and_value(micro_file: Path, config: dict[str, Any], message: str) -> None:
+    path = micro_file.with_name("config.json")
+    path.write_text(json.dumps(wan_dit_config(MICRO) | config))
+    with pytest.raises(InputError, match=rf"/config\.json: {message}"):
+        read_dit(micro_file)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "not valid JSON"),
+        ('{"dim_mult": []}', r"dim_mult is \[\], accepted is a list of positive whole numbers"),
+        ('{"temporal_downsample": [1]}', r"temporal_downsample is \[1\], accepted is a list of true and false"),
+        ('{"latents_mean": ["a"]}', r"latents_mean is \['a'\], accepted is a list of numbers"),
+        ('{"latents_mean": [NaN]}', r"latents_mean is \[nan\], accepted"),
+        ('{"latents_mean": [0.5]}', "latents_mean has 1 values"),
+    ],
+)
+def test_bad_metadata_names_file_key_and_value(tmp_path: Path, config: str, message: str) -> None:
+    path = tmp_path / "vae.safetensors"
+    write_safetensors(path, WanVAE(VAEConfig(base_dim=4)).state_dict(), {"part": "vae", "config": config})
+    with pytest.raises(InputError, match=rf"vae\.safetensors: {message}"):
+        read_vae(path)
+
+
+def test_null_in_a_config_is_not_told(micro_file: Path) -> None:
+    write_json(micro_file.with_name("config.json"), wan_dit_config(MICRO) | {"out_dim": None})
+    assert read_dit(micro_file)[0] == MICRO
+
+
+def test_odd_shapes_are_told(tmp_path: Path) -> None:
+    write_safetensors(
+        tmp_path / "x.safetensors", tiny_dit(MICRO).state_dict() | {"patch_embedding.weight": torch.ones(5)}
+    )
+    with pytest.raises(InputError, match=r"x\.safetensors: the shapes are not those of dit weights"):
+        read_dit(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_named(dtype: torch.dtype, value: float) -> None:
+    largest = torch.full((2, 99), torch.finfo(dtype).max).to(dtype)
+    good = {"a": largest, "empty": torch.ones(0).to(dtype), "count": torch.tensor(3)}
+    check_finite(good, "x.pt")
+    bad = torch.full((2, 99), 1.0)
+    bad[1, 40] = value
+    with pytest.raises(InputError, match=r"^x\.pt: NaN or infinite values in b$"):
+        check_finite(good | {"b": bad.to(dtype)}, "x.pt")
 
 
 def test_shard_without_a_listed_tensor_is_named(tmp_path: Path) -> None:
@@ -527,6 +637,8 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, write
     assert path.read_bytes() == old
     with pytest.raises(InputError, match="cannot write"):
         write(path / "below" / "a_file", {"a": torch.ones(3)})
+    with pytest.raises(InputError, match=r"below: cannot write \(.*weights is not a folder\)$"):
+        write(path / "below", {"a": torch.ones(3)})
 
 
 def test_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
@@ -675,6 +787,9 @@ def test_bad_lora_is_refused() -> None:
         attach_lora(tiny_dit(MICRO), 256, 256, parse_lora(good, "l.pt"), "l.pt")
     with pytest.raises(InputError, match="holds no tensors"):
         parse_lora({}, "l.pt")
+    for alpha in (float("nan"), float("inf"), 0.0, -1.0):
+        with pytest.raises(InputError, match=rf"^l\.pt: LoRA alpha is {alpha}, accepted is a positive number$"):
+            merge_lora(weights, parse_lora(good, "l.pt"), alpha, "l.pt")
 
 
 # --- conversion -------------------------------------------------------------------------------------------------------
@@ -745,6 +860,19 @@ def test_convert_refuses_and_writes_nothing(tmp_path: Path, wan: Path, checkpoin
     with file_size_limit(500_000), pytest.raises(InputError, match="cannot write"):
         run_convert(wan, out)
     assert not [path for path in out.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin"])
+def test_convert_refuses_to_write_a_pickle(tmp_path: Path, checkpoint: Path, suffix: str) -> None:
+    with pytest.raises(InputError, match=rf"o\{suffix}: a single file must end in \.safetensors"):
+        run_convert(checkpoint, tmp_path / f"o{suffix}")
+    assert not (tmp_path / f"o{suffix}").exists()
+
+
+def test_convert_refuses_alpha_without_lora(tmp_path: Path, checkpoint: Path) -> None:
+    with pytest.raises(InputError, match="alpha 8 is that of a LoRA, but none is given"):
+        run_convert(checkpoint, tmp_path / "o.safetensors", "--alpha", 8)
+    assert not (tmp_path / "o.safetensors").exists()
 
 
 def test_convert_keeps_one_version_of_a_part_in_a_folder(tmp_path: Path, wan: Path) -> None:

@@ -16,6 +16,7 @@ from longlive.models.dit import DiTConfig, WanDiT
 from longlive.models.text_encoder import TextEncoder, byte_tokens
 from longlive.models.vae import VAEConfig, WanVAE
 from longlive.weights.files import (
+    PICKLE_SUFFIXES,
     StateDict,
     atomic_file,
     check_fit,
@@ -90,6 +91,10 @@ def convert(
     atomically. Returns the files written. Raises `InputError` for what cannot be read, converted or written.
     """
     source, destination = Path(source), Path(destination)
+    if destination.suffix in PICKLE_SUFFIXES:
+        raise InputError(f"{destination}: a single file must end in .safetensors")
+    if alpha is not None and lora is None:
+        raise InputError(f"alpha {alpha:g} is that of a LoRA, but none is given; accepted is --alpha with --lora")
     networks = [read_network(found, source, use_ema) for found in _parts_in(source, part)]
     if lora is not None:
         networks = [_with_lora(network, lora, alpha, dtype) for network in networks]
@@ -235,14 +240,17 @@ _SCHEDULER = {
 }
 
 
+_DESTINATION_HELP = "folder, or .safetensors file for a single part; files already there are replaced"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `python -m longlive convert`."""
     parser.add_argument("source", metavar="SOURCE", help="folder or file with weights, in any layout")
-    parser.add_argument("destination", metavar="DEST", help="folder, or .safetensors file for a single part")
+    parser.add_argument("destination", metavar="DEST", help=_DESTINATION_HELP)
     parser.add_argument("--to", choices=list(FILES), default="longlive", help="layout to write (default: longlive)")
     parser.add_argument("--part", choices=list(PARTS), help="only this part (default: all that SOURCE has)")
     parser.add_argument("--lora", metavar="FILE", help="LoRA to merge into the transformer")
-    parser.add_argument("--alpha", type=float, metavar="N", help="LoRA alpha (default: the rank, which is scale 1)")
+    parser.add_argument("--alpha", type=float, metavar="N", help="alpha of --lora (default: its rank, so scale 1)")
     parser.add_argument("--ema", action="store_true", help="take the averaged weights (generator_ema) of a checkpoint")
     parser.add_argument("--dtype", choices=list(DTYPES), help="type of the written weights (default: as they are)")
 

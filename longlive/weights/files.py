@@ -7,12 +7,13 @@ checkpoint never sits in memory twice. The mapping is private, so changing such 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import struct
+import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import IO, Any
 
 import torch
@@ -67,12 +68,17 @@ def read_metadata(path: Path) -> dict[str, str]:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises `InputError` naming the file."""
     _check_readable(path)
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(text: str | bytes, source: str | Path) -> dict[str, Any]:
+    """The JSON object in `text` (bytes are UTF-8). Raises `InputError` naming the source."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text)
     except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from error
+        raise InputError(f"{source}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
+        raise InputError(f"{source}: expected a JSON object, found {type(content).__name__}")
     return content
 
 
@@ -118,7 +124,9 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        raise InputError(f"{path}: cannot write ({cause.strerror or cause})") from error
+        not_folder = isinstance(cause, FileExistsError)
+        reason = f"{path.parent} is not a folder" if not_folder else cause.strerror or cause
+        raise InputError(f"{path}: cannot write ({reason})") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -199,20 +207,56 @@ def check_fit(expected: StateDict, found: StateDict, source: str | Path) -> None
         raise InputError(f"{source}: weights do not fit the model; {'; '.join(told)}")
 
 
-def shorten(names: list[str]) -> str:
+def check_finite(state_dict: StateDict, source: str | Path) -> None:
+    """Raise `InputError` naming `source` and the first floating-point tensors with NaN or infinite values.
+
+    Reads every value once and copies none: for a model of 1.3B parameters in memory, a fraction of a second.
+    """
+    bad = [name for name, tensor in state_dict.items() if tensor.is_floating_point() and not _is_finite(tensor)]
+    if bad:
+        raise InputError(f"{source}: NaN or infinite values in {shorten(bad)}")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.numel() == 0:
+        return True
+    # The smallest and the largest are NaN where any value is. Tens of times faster than isfinite, but not for float8.
+    smallest, largest = (tensor.float() if tensor.itemsize == 1 else tensor).aminmax()
+    return math.isfinite(smallest) and math.isfinite(largest)
+
+
+def shorten(names: Sequence[object]) -> str:
     """The first few of `names` for an error message, and how many more there are."""
     more = len(names) - _NUM_KEYS_SHOWN
-    return ", ".join(names[:_NUM_KEYS_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(map(str, names[:_NUM_KEYS_SHOWN])) + (f" and {more} more" if more > 0 else "")
 
 
 def state_dict_of(checkpoint: Mapping[str, Any], source: str | Path) -> StateDict:
-    """`checkpoint` itself when it is a flat state dict. Raises `InputError` naming the entries that are not tensors."""
+    """`checkpoint` itself when it is a flat state dict of dense floating-point tensors.
+
+    Raises `InputError` naming `source` and the entries that are something else.
+    """
     if not checkpoint:
         raise InputError(f"{source}: holds no tensors")
-    others = [str(name) for name, value in checkpoint.items() if not isinstance(value, Tensor)]
+    nameless = [name for name in checkpoint if not isinstance(name, str)]
+    if nameless:
+        raise InputError(f"{source}: expected a state dict with names as keys, but these are not: {shorten(nameless)}")
+    others = [name for name, value in checkpoint.items() if not isinstance(value, Tensor)]
     if others:
         raise InputError(f"{source}: expected a state dict of tensors, but these entries are not: {shorten(others)}")
+    flaws = [f"{name} is {flaw}" for name, tensor in checkpoint.items() if (flaw := _flaw(tensor))]
+    if flaws:
+        raise InputError(f"{source}: weights must be dense floating-point tensors, but {shorten(flaws)}")
     return dict(checkpoint)
+
+
+def _flaw(tensor: Tensor) -> str:
+    """What keeps `tensor` from being a weight; empty where nothing does."""
+    if tensor.is_meta:
+        return "without values (meta)"
+    if tensor.layout != torch.strided:
+        return str(tensor.layout)
+    return "" if tensor.is_floating_point() else str(tensor.dtype)
 
 
 def _target_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
@@ -239,15 +283,18 @@ def _read_safetensors(path: Path) -> StateDict:
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
-    # Only the zip format can be mapped; files in the older one (never zip archives) are read into memory.
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles and archives that are refused below
+            # Only the zip format can be mapped; files in the older one (never zip archives) are read into memory.
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
+        # torch's own words are not repeated: they advise to run whatever is in the file.
         if "unsupported global" in str(error).lower():
             raise InputError(f"{path}: refused, the pickle contains code; only plain tensors are accepted") from error
-        # What torch says of a pickle it cannot read is advice to run whatever is in it.
-        reason = "unreadable pickle" if isinstance(error, UnpicklingError) else str(error) or type(error).__name__
-        raise InputError(f"{path}: truncated or corrupt checkpoint ({reason.splitlines()[0]})") from error
+        if "weights_only" in str(error):
+            raise InputError(f"{path}: refused, corrupt or not of plain tensors; nothing else is accepted") from error
+        raise InputError(f"{path}: truncated or corrupt checkpoint") from error
     if not isinstance(checkpoint, dict):
         raise InputError(f"{path}: expected a dict of tensors, found {type(checkpoint).__name__}")
     return checkpoint

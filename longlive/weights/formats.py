@@ -5,12 +5,12 @@ Layouts: `wan` (the original folder: `diffusion_pytorch_model*.safetensors`, `Wa
 original names and the config in the metadata), and checkpoints of Self-Forcing and LongLive (`longlive_base.pt`).
 """
 
-import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_type_hints
 
 import torch
 
@@ -22,6 +22,7 @@ from longlive.weights.files import (
     StateDict,
     check_fit,
     load_into,
+    parse_json,
     read_checkpoint,
     read_json,
     read_metadata,
@@ -232,6 +233,7 @@ class Part(Generic[Config]):
     the weights. original_key, hub_keys: tensors that tell whose names a state dict has. config_key: a `config.json`
     without it describes something else. names_of: original -> hub names, for a state dict in either scheme. sizes_of:
     config fields from a state dict with original names. aliases: more hub names of tensors -> original names.
+    model_type: the only one that a config may tell.
     """
 
     name: str
@@ -243,6 +245,7 @@ class Part(Generic[Config]):
     names_of: Callable[[StateDict], Names]
     sizes_of: Callable[[StateDict], dict[str, Any]]
     aliases: Names = field(default_factory=dict)
+    model_type: str | None = None
 
     def knows(self, state_dict: StateDict) -> bool:
         """Whether these are weights of this network, by any names."""
@@ -274,6 +277,7 @@ DIT = Part(
     config_key="ffn_dim",
     names_of=_dit_names_of,
     sizes_of=_dit_sizes,
+    model_type="t2v",
 )
 VAE = Part(
     name="vae",
@@ -300,6 +304,7 @@ TEXT_ENCODER = Part(
     names_of=_text_encoder_names_of,
     sizes_of=_text_encoder_sizes,
     aliases=_EMBEDDING_ALIAS,
+    model_type="umt5",
 )
 PARTS: dict[str, Part[Any]] = {part.name: part for part in (DIT, VAE, TEXT_ENCODER)}
 TOKENIZER_PLACES = ("tokenizer", "google/umt5-xxl")
@@ -432,40 +437,84 @@ _CONFIG_NAMES = {
 }
 
 
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _list_of(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(accepts, value)) and len(value) > 0
+
+
+_KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    int: ("a positive whole number", _is_size),
+    float: ("a positive number", lambda value: _is_number(value) and value > 0),
+    tuple[int, int, int]: ("three positive whole numbers", lambda v: _list_of(_is_size)(v) and len(v) == 3),
+    tuple[int, ...]: ("a list of positive whole numbers", _list_of(_is_size)),
+    tuple[float, ...]: ("a list of numbers", _list_of(_is_number)),
+    tuple[bool, ...]: ("a list of true and false", _list_of(lambda value: type(value) is bool)),
+}
+"""Type of a config field -> what it may be in JSON, in words and as a test."""
+
+
 def make_config(part: Part[Config], state_dict: StateDict, file: Path, folder: Path | None = None) -> Config:
     """The config of weights with original names, which were read from `file`.
 
     Told by our metadata in `file` or a `config.json` beside it; else, where a model `folder` in any layout is given,
-    by the same there; what is not told follows from shapes. Raises `InputError` naming the file.
+    by the same there; what is not told follows from shapes. Raises `InputError` naming the file at fault.
     """
-    names = {entry.name for entry in fields(part.config)}
-    told = {_CONFIG_NAMES.get(name, name): value for name, value in _told_config(part, file, folder).items()}
-    told = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items() if name in names}
+    source, told = _told_config(part, file, folder)
+    known = _known_values(part, told, source)
     try:
-        values = part.sizes_of(state_dict) | told
-        if values.get("num_heads") == 0:
-            raise InputError("the number of heads is not known; a config.json with num_heads is needed beside it")
-        return part.config(**values)
+        values = part.sizes_of(state_dict) | known
     except KeyError as error:
         raise InputError(f"{file}: not {part.name} weights; missing: {error.args[0]}") from error
-    except (IndexError, TypeError, ValueError) as error:
-        raise InputError(f"{file}: {error}") from error
+    except (IndexError, ValueError, ZeroDivisionError) as error:
+        raise InputError(f"{file}: the shapes are not those of {part.name} weights ({error})") from error
+    if values.get("num_heads") == 0:
+        raise InputError(f"{file}: the number of heads is not known; a config.json with num_heads is needed beside it")
+    try:
+        return part.config(**values)
+    except ValueError as error:
+        raise InputError(f"{source}: {error}") from error
 
 
-def _told_config(part: Part[Any], file: Path, folder: Path | None) -> dict[str, Any]:
-    told = _config_at(part, file, [file.parent])
-    if told or folder is None:
-        return told
-    return _config_at(part, folder / f"{part.name}.safetensors", [(folder / place).parent for place in part.places])
+def _known_values(part: Part[Any], told: dict[str, Any], source: Path) -> dict[str, Any]:
+    """The entries of a config that are fields of ours, as these; what is null is not told."""
+    if told.get("model_type", part.model_type) != part.model_type:
+        raise InputError(f"{source}: model_type is {told['model_type']!r}, accepted is {part.model_type!r}")
+    kinds = get_type_hints(part.config)
+    known = {}
+    for key, value in told.items():
+        name = _CONFIG_NAMES.get(key, key)
+        if name not in kinds or value is None:
+            continue
+        wanted, accepts = _KINDS[kinds[name]]
+        if not accepts(value):
+            raise InputError(f"{source}: {key} is {value!r}, accepted is {wanted}")
+        known[name] = tuple(value) if isinstance(value, list) else value
+    return known
 
 
-def _config_at(part: Part[Any], file: Path, folders: list[Path]) -> dict[str, Any]:
+def _told_config(part: Part[Any], file: Path, folder: Path | None) -> tuple[Path, dict[str, Any]]:
+    """The file that tells the config of `part`, and all its entries; none, of `file`, where no config is found."""
+    found = _config_at(part, file, [file.parent])
+    if found is None and folder is not None:
+        places = [(folder / place).parent for place in part.places]
+        found = _config_at(part, folder / f"{part.name}.safetensors", places)
+    return found or (file, {})
+
+
+def _config_at(part: Part[Any], file: Path, folders: list[Path]) -> tuple[Path, dict[str, Any]] | None:
     """Config entries from our metadata in `file`, or from a `config.json` in `folders` that is about `part`."""
     if file.suffix == ".safetensors" and file.is_file():
         metadata = read_metadata(file)
         if metadata.get("part") == part.name:
-            return json.loads(metadata["config"])
+            return file, parse_json(metadata.get("config", ""), file)
     for path in (folder / "config.json" for folder in folders):
         if path.is_file() and part.config_key in (config := read_json(path)):
-            return config
-    return {}
+            return path, config
+    return None

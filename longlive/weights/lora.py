@@ -4,6 +4,7 @@ Files: `{"generator_lora": ..., "critic_lora": ...}` as the published trainer wr
 as safetensors). Names are PEFT's: `base_model.model.<module>.lora_A.weight` [rank, in], `….lora_B.weight` [out, rank].
 """
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,8 +73,11 @@ def merge_lora(
 
     dtype: instead of W's type for the merged weights. Each is cast as soon as it is merged, so that a model meant for
     bfloat16 is never in memory as float32. Weights without LoRA are shared with `state_dict` as they are. Raises
-    `InputError` naming `source` and the modules for which `state_dict` has no weight, or one of another shape.
+    `InputError` naming `source` and the modules for which `state_dict` has no weight, or one of another shape; or an
+    `alpha` that is not a positive number.
     """
+    if not 0 < alpha < math.inf:
+        raise InputError(f"{source}: LoRA alpha is {alpha}, accepted is a positive number")
     _check_targets(lora, state_dict, source)
     scale = alpha / lora_rank(lora)
     merged = dict(state_dict)
