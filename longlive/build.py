@@ -132,7 +132,6 @@ def choose_device(name: str) -> torch.device:
     if (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device={device}: there are only {torch.cuda.device_count()} CUDA devices")
     torch.cuda.set_device(device)
-    torch.backends.cudnn.benchmark = True  # the decoder's convolutions have the same shapes for ever
     return device
 
 

@@ -57,7 +57,7 @@ class StreamingSequence:
         return self.prompts[self.switch_frame is not None and self.num_frames > self.switch_frame]
 
     def generate(self, chunk: ChunkNoise, gradient_from_frame: int | None = 0) -> Tensor:
-        """Make the next frames [B, F, C, height, width], with gradient from frame `gradient_from_frame` of the chunk on.
+        """Make the next frames [B, F, C, height, width], with gradient from `gradient_from_frame` of the chunk on.
 
         The switch comes before the first block that starts at or after its frame. In a chunk that contains it only the
         blocks after it have a gradient.
