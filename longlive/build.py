@@ -99,27 +99,34 @@ def run_inference(config: InferenceConfig, explicit: frozenset[str]) -> None:
             info=info,
             progress=is_main(),
         )
-        log.info("%d videos made in %s", len(missing), folder)
+        log.info("videos are in %s", folder)
 
 
 def choose_model(config: InferenceConfig, explicit: frozenset[str]) -> InferenceConfig:
     """The configuration itself, or, where no weights are there and none were asked for, that of the built-in model.
 
-    The built-in model has a small picture and, to show something within a minute, makes the first video only.
+    The built-in model has a small picture and, where it stands in, makes the first video only, to show something within
+    a minute; settings that are not the shipped ones stay.
     """
     wanted = [wan_path(config), *(Path(path) for path in (config.generator_ckpt, config.lora_ckpt) if path)]
     if config.model_name != BUILTIN:
         is_own = any(getattr(config, key) not in (None, value) for key, value in PUBLISHED_WEIGHTS.items())
-        if is_own or explicit.intersection(PUBLISHED_WEIGHTS) or any(path.exists() for path in wanted):
+        is_typed = any(getattr(config, key) is not None for key in explicit.intersection(PUBLISHED_WEIGHTS))
+        if is_own or is_typed or any(path.exists() for path in wanted):
             return config
         log.warning(
             "No weights found at %s: using the tiny built-in model, which is not trained yet and shows coloured noise, "
             "for the first video only (inference_iter=-1: for all). The real weights: bash scripts/download_weights.sh",
             wanted[0],
         )
-    small = {"height": BUILTIN_HEIGHT_PX, "width": BUILTIN_WIDTH_PX, "inference_iter": 1}
-    typed = {key: getattr(config, key) for key in small if key in explicit}
-    return replace(config, model_name=BUILTIN, generator_ckpt=None, lora_ckpt=None, **{**small, **typed})
+    small = {"height": BUILTIN_HEIGHT_PX, "width": BUILTIN_WIDTH_PX}
+    if config.model_name != BUILTIN:
+        small["inference_iter"] = 1
+    shipped = InferenceConfig()
+    changes: dict[str, Any] = {
+        k: v for k, v in small.items() if k not in explicit and getattr(config, k) == getattr(shipped, k)
+    }
+    return replace(config, model_name=BUILTIN, generator_ckpt=None, lora_ckpt=None, **changes)
 
 
 def choose_device(name: str) -> torch.device:
@@ -198,7 +205,8 @@ def weight_files(config: InferenceConfig) -> list[Path]:
             )
     wan = files.pop("wan")
     parts = (VAE, TEXT_ENCODER) if "generator_ckpt" in files else PARTS.values()
-    return [*wan_files(wan, parts), *(find_weights(DIT, path) for path in files.values())]
+    generator = [find_weights(DIT, files["generator_ckpt"])] if "generator_ckpt" in files else []
+    return [*wan_files(wan, parts), *generator, *([files["lora_ckpt"]] if "lora_ckpt" in files else [])]
 
 
 def load_models(config: InferenceConfig, device: torch.device) -> Models:
@@ -212,6 +220,7 @@ def load_models(config: InferenceConfig, device: torch.device) -> Models:
     vae_config, vae_state = read_vae(folder)
     with torch.device("meta"):
         vae = WanVAE(vae_config)
+    check_finite(vae_state, folder)
     load_into(vae, vae_state, folder, dtype)
     text_config, text_state, tokenizer = read_text_encoder(folder)
     with torch.device("meta"):

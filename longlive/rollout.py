@@ -100,7 +100,7 @@ def denoise_block(
             xt = add_noise(x0, renoise(step - 1), sigma)
         timesteps = constant_timesteps(xt, timestep)
         if step == num_steps - 1 and gradient_text is not None:
-            gradient_plan = cache.plan_gradient(start_frame, num_frames)
+            gradient_plan = cache.plan_gradient(start_frame, num_frames, is_first=step == 0)
             flow = model(xt, timesteps, gradient_text, cache=cache, plan=gradient_plan)
         else:
             with torch.no_grad():

@@ -22,14 +22,16 @@ fi
 logs="$(mktemp -d)"
 pids=()
 trap 'rm -rf "$logs"' EXIT
-trap 'kill -INT "${pids[@]}" 2>/dev/null || true' INT TERM
+trap 'kill -INT "${pids[@]}" 2>/dev/null || true' INT TERM HUP
 set -m # job control: the processes take Ctrl-C from this script alone, and do not ignore it
 for ((rank = 0; rank < num_gpus; rank++)); do
-    log="$logs/$rank"
-    ((rank > 0)) || log=/dev/stderr
-    RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=$num_gpus "$python" -m longlive "$@" 2>"$log" &
+    exec {out}>&1 {err}>&2
+    ((rank == 0)) || exec {out}>/dev/null {err}>"$logs/$rank"
+    RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=$num_gpus "$python" -m longlive "$@" >&"$out" 2>&"$err" {out}>&- {err}>&- &
     pids+=($!)
+    exec {out}>&- {err}>&-
 done
+set +m
 status=0
 for ((rank = 0; rank < num_gpus; rank++)); do
     code=0

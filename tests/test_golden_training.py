@@ -46,7 +46,11 @@ def make_rollout(case: Case, settings: dict[str, Any], capacity_frames: int) -> 
         frames_per_block=settings["num_frame_per_block"],
     )
     dit = trainable(case, settings["model"], "causal")
-    cache_config = CacheConfig(settings["window"], settings["sink"])
+    cache_config = CacheConfig(
+        settings["window"],
+        settings["sink"],
+        published_sink_fill=settings["sink"] > settings["num_frame_per_block"],
+    )
     cache = dit.new_cache(cache_config, 1, *settings["latent"], capacity_frames)
     return Rollout(dit, Sampler(sampler), cache, "published_training")
 

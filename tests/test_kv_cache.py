@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longlive.models.dit import WanDiT
 from longlive.models.kv_cache import CacheConfig, KVCache
-from longlive.rollout import Rollout, Sampler, SamplerConfig, recache
+from longlive.rollout import BlockTraining, Rollout, Sampler, SamplerConfig, recache
 
 HEIGHT, WIDTH, CHANNELS = 4, 6, TINY_DIT.in_channels
 GRID = (HEIGHT // 2, WIDTH // 2)
@@ -212,3 +212,24 @@ def test_slots_of_visible_frames_are_distinct() -> None:
             slots = cache._slots(torch.tensor([*range(min(sink, start + num)), *newest])).tolist()
             assert len(set(slots)) == len(slots)
             assert max(slots) < window
+
+
+@pytest.mark.parametrize("exit_step", [0, 1])
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("geometry", [(12, 3, 3), (9, 2, 4), (8, 3, 2), (12, 6, 3), (6, 0, 2), (12, 4, 4)], ids=str)
+def test_passes_with_gradient_see_the_same(geometry: tuple[int, int, int], published: bool, exit_step: int) -> None:
+    """A training rollout whose exit step has a gradient makes the frames of one without."""
+    window, sink, num = geometry
+    model, text = tiny_dit(), prompt(0)
+    latents = []
+    for embeds in (None, text):
+        config = CacheConfig(window, sink, published_sink_fill=published)
+        rollout = Rollout(model, Sampler(STEPS), model.new_cache(config, 1, HEIGHT, WIDTH, 3 * window))
+        rollout.set_text(model.project_text(text))
+        training = BlockTraining(exit_step, embeds)
+        blocks = [
+            rollout.next_block(noise(start, num, 0), lambda i, s=start: noise(s, num, i + 1), training)
+            for start in range(0, 2 * window, num)
+        ]
+        latents.append(torch.cat(blocks, dim=1))
+    torch.testing.assert_close(latents[0], latents[1], **TOLERANCE)

@@ -6,6 +6,7 @@ Frames are uint8 RGB tensors [F, H, W, 3] (F = video frames). A file takes its n
 import os
 import tempfile
 import textwrap
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -58,6 +59,7 @@ class VideoWriter:
         self.partial_path = self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}")
         self.num_frames = 0
         self._time_base = Fraction(1, fps)
+        self._lock = threading.Lock()  # a second Ctrl-C closes the file while another thread may still be writing
         check_writable(self.path.parent)
         with _reporting_write_errors(self.path):
             # Absolute, because FFmpeg takes what stands before a colon in a relative path for a protocol.
@@ -71,7 +73,7 @@ class VideoWriter:
         """Append uint8 frames [F, H, W, 3], on any device."""
         assert frames.dtype == torch.uint8, frames.dtype
         assert frames.shape[1:] == (self._stream.height, self._stream.width, 3), frames.shape
-        with _reporting_write_errors(self.path):
+        with self._lock, _reporting_write_errors(self.path):
             for pixels in frames.cpu().numpy():
                 rgb = av.VideoFrame.from_ndarray(pixels, format="rgb24")
                 frame = rgb.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
@@ -85,7 +87,7 @@ class VideoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with _reporting_write_errors(self.path):
+        with self._lock, _reporting_write_errors(self.path):
             try:
                 self._container.mux(self._stream.encode(None))
             finally:

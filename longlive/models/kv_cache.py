@@ -60,7 +60,7 @@ class CachePlan:
     frames: [F] positions of the pass's frames; slots: [tokens] where its tokens go, after the first `num_skipped`
     tokens, which are not stored; num_sink_tokens: how many of those stored belong to the sink (they come first);
     visible: the tokens seen, as the length of a prefix or as indices; sink_shift: by how much the sink is moved;
-    past: of a pass that stores nothing, the tokens seen besides its own.
+    past: of a pass with gradient, the tokens seen besides its own; it stores nothing but what `slots` says of the sink.
     """
 
     frames: Tensor
@@ -85,7 +85,10 @@ class LayerCache:
         """Store a pass's keys (unrotated, rotated) and values [B, H, tokens, D]; all it sees: [B, H, keys, D]."""
         if plan.past is not None:
             past_k, past_v = self.k.index_select(2, plan.past), self.v.index_select(2, plan.past)
-            return torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
+            self.k.index_copy_(2, plan.slots, k.detach()[:, :, : plan.num_sink_tokens])
+            self.v.index_copy_(2, plan.slots, v.detach()[:, :, : plan.num_sink_tokens])
+            own_k, own_v = k[:, :, plan.num_skipped :], v[:, :, plan.num_skipped :]
+            return torch.cat([past_k, own_k], dim=2), torch.cat([past_v, own_v], dim=2)
         self.k.index_copy_(2, plan.slots, k[:, :, plan.num_skipped :])
         self.v.index_copy_(2, plan.slots, v[:, :, plan.num_skipped :])
         if self.sink_k.shape[2] and plan.num_sink_tokens:
@@ -160,23 +163,30 @@ class KVCache:
             return first, first
         return first, self.plan(start_frame, num_frames, sink="keep")
 
-    def plan_gradient(self, start_frame: int, num_frames: int) -> CachePlan:
-        """Plan a pass with gradient: it sees what `plan` would show it, stores nothing, and the past gets no gradient.
+    def plan_gradient(self, start_frame: int, num_frames: int, is_first: bool) -> CachePlan:
+        """Plan a pass with gradient: it sees what `plan_block` would show it, and the past gets no gradient.
 
-        When activations are recomputed in the backward pass the past must still be there: the ring must hold the window
-        and all frames that are made before that.
+        is_first: whether it is the first pass over its block. It stores nothing, except, with `published_sink_fill`,
+        what only a first pass stores. When activations are recomputed in the backward pass the past must still be
+        there: the ring must hold the window and all frames that are made before that.
         """
-        num_sink, end = self.config.sink_frames, start_frame + num_frames
-        oldest = 0 if self.config.window_frames == -1 else max(0, end - (self.config.window_frames - num_sink))
-        frames = torch.arange(start_frame, device=self.device)
+        config, end = self.config, start_frame + num_frames
+        num_sink, published = config.sink_frames, config.published_sink_fill and start_frame > 0
+        first = min(max(start_frame, num_sink), end) if published and not is_first else start_frame
+        num_filled = max(0, min(num_sink, end) - start_frame) if published and is_first else 0
+        oldest = num_sink if config.window_frames == -1 else max(num_sink, end - (config.window_frames - num_sink))
+        sink = torch.arange(num_sink if config.published_sink_fill else min(num_sink, end), device=self.device)
+        newest = torch.arange(min(oldest, start_frame), start_frame, device=self.device)
+        seen = torch.cat([sink[(sink < first) | (sink >= end)], newest])
+        frames = torch.arange(start_frame, end, device=self.device)
         return CachePlan(
-            frames=torch.arange(start_frame, end, device=self.device),
-            slots=frames[:0],
-            num_skipped=0,
-            num_sink_tokens=0,
+            frames=frames,
+            slots=self._tokens(self._slots(frames[:num_filled])),
+            num_skipped=(first - start_frame) * self.frame_tokens,
+            num_sink_tokens=num_filled * self.frame_tokens,
             visible=0,
             sink_shift=self._sink_shift(end),
-            past=self._tokens(self._slots(frames[(frames < num_sink) | (frames >= oldest)])),
+            past=self._tokens(self._slots(seen)),
         )
 
     def move_sink(self, table: Tensor, plan: CachePlan) -> None:

@@ -40,11 +40,13 @@ class StreamingSequence:
     """A sequence in the making: its rollout, its prompts, the frame at which the second prompt takes over."""
 
     def __init__(self, rollout: Rollout, prompts: Sequence[Tensor], switch_frame: int | None = None) -> None:
-        """prompts: embeddings [B, L, text_dim] of one prompt, or of two with a `switch_frame`."""
+        """prompts: embeddings [B, L, text_dim] of one prompt, or of two with a `switch_frame`: the switch comes before
+        the first block that starts at or after it."""
         assert len(prompts) == (1 if switch_frame is None else 2)
         self.rollout = rollout
         self.prompts = prompts
-        self.switch_frame = switch_frame
+        block = rollout.sampler.config.frames_per_block
+        self.switch_frame = None if switch_frame is None else -(-switch_frame // block) * block
 
     @property
     def num_frames(self) -> int:
@@ -59,8 +61,7 @@ class StreamingSequence:
     def generate(self, chunk: ChunkNoise, gradient_from_frame: int | None = 0) -> Tensor:
         """Make the next frames [B, F, C, height, width], with gradient from `gradient_from_frame` of the chunk on.
 
-        The switch comes before the first block that starts at or after its frame. In a chunk that contains it only the
-        blocks after it have a gradient.
+        In a chunk that contains the switch only the blocks after it have a gradient.
         """
         rollout, num = self.rollout, self.rollout.sampler.config.frames_per_block
         first, end = self.num_frames, self.num_frames + chunk.noise.shape[1]
@@ -73,7 +74,7 @@ class StreamingSequence:
         blocks = []
         for index, offset in enumerate(range(0, end - first, num)):
             span = slice(offset, offset + num)
-            if switch is not None and first + offset - num < switch <= first + offset:
+            if switch == first + offset:
                 prompt = self.prompts[1]
                 with torch.no_grad():
                     rollout.set_text(rollout.model.project_text(prompt))

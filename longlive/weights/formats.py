@@ -34,7 +34,7 @@ Config = TypeVar("Config", DiTConfig, VAEConfig, TextEncoderConfig)
 Names = dict[str, str]
 """Leading components of a tensor's name -> what they are called in another scheme."""
 
-WAN_HEAD_DIM = 128
+WAN_HEADS = {1536: 12, 5120: 40}  # width of the 1.3B and 14B models -> number of heads
 
 # --- names ------------------------------------------------------------------------------------------------------------
 
@@ -178,13 +178,13 @@ def _vae_names_of(state_dict: StateDict) -> Names:
 
 
 def _dit_sizes(state_dict: StateDict) -> dict[str, Any]:
-    """What shapes tell of a `DiTConfig`. Not the number of heads: all Wan models have heads of 128, others get 0."""
+    """What shapes tell of a `DiTConfig`. Not the number of heads: Wan's are known, others get 0."""
     dim, in_channels, *patch_size = state_dict["patch_embedding.weight"].shape
     patch_height, patch_width = patch_size[1:]
     return {
         "dim": dim,
         "ffn_dim": state_dict["blocks.0.ffn.0.weight"].shape[0],
-        "num_heads": 0 if dim % WAN_HEAD_DIM else dim // WAN_HEAD_DIM,
+        "num_heads": WAN_HEADS.get(dim, 0),
         "num_layers": _count(state_dict, r"blocks\.(\d+)\."),
         "in_channels": in_channels,
         "out_channels": state_dict["head.head.weight"].shape[0] // (patch_height * patch_width),
@@ -396,7 +396,7 @@ def read_part(
 
 
 def read_dit(path: str | Path, network: str = "generator") -> tuple[DiTConfig, StateDict]:
-    """`read_part` for the transformer. Without a config heads are taken to be 128 wide, as in all Wan models."""
+    """`read_part` for the transformer. Without a config only Wan's own widths are accepted."""
     return read_part(DIT, path, network)
 
 

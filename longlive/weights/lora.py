@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from longlive.errors import InputError
 from longlive.models.dit import WanDiT
-from longlive.weights.files import StateDict, read_checkpoint, shorten, state_dict_of
+from longlive.weights.files import StateDict, check_finite, read_checkpoint, shorten, state_dict_of
 from longlive.weights.formats import unwrap_name
 
 Lora = dict[str, tuple[Tensor, Tensor]]
@@ -49,6 +49,10 @@ def parse_lora(checkpoint: Mapping[str, Any], source: str | Path, network: str =
     wrong = [module for module, (a, b) in lora.items() if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]]
     if wrong:
         raise InputError(f"{source}: lora_A [rank, in] and lora_B [out, rank] do not fit each other: {shorten(wrong)}")
+    check_finite(
+        {f"{module}.lora_{side}": w for module, pair in lora.items() for side, w in zip("AB", pair, strict=True)},
+        source,
+    )
     ranks = {len(a) for a, _ in lora.values()}
     if len(ranks) > 1:
         raise InputError(f"{source}: ranks differ between modules: {sorted(ranks)}; accepted is one rank")
