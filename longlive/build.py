@@ -1,6 +1,6 @@
 """From a configuration to loaded models and a run: the one place where the parts meet.
 
-Layer 4. Everything a user may have got wrong is checked before the first weight is read.
+Layer 4. What a user may have got wrong is checked before the first weight is read, as far as that can tell.
 """
 
 import logging
@@ -40,7 +40,6 @@ from longlive.weights.formats import (
     VAE,
     find_weights,
     load_text_encoder,
-    read_dit,
     read_generator,
     read_text_encoder,
     read_vae,
@@ -109,6 +108,7 @@ def choose_model(config: InferenceConfig, explicit: frozenset[str]) -> Inference
     a minute; settings that are not the shipped ones stay.
     """
     wanted = [wan_path(config), *(Path(path) for path in (config.generator_ckpt, config.lora_ckpt) if path)]
+    small = {"height": BUILTIN_HEIGHT_PX, "width": BUILTIN_WIDTH_PX}
     if config.model_name != BUILTIN:
         is_own = any(getattr(config, key) not in (None, value) for key, value in PUBLISHED_WEIGHTS.items())
         is_typed = any(getattr(config, key) is not None for key in explicit.intersection(PUBLISHED_WEIGHTS))
@@ -119,8 +119,6 @@ def choose_model(config: InferenceConfig, explicit: frozenset[str]) -> Inference
             "for the first video only (inference_iter=-1: for all). The real weights: bash scripts/download_weights.sh",
             wanted[0],
         )
-    small = {"height": BUILTIN_HEIGHT_PX, "width": BUILTIN_WIDTH_PX}
-    if config.model_name != BUILTIN:
         small["inference_iter"] = 1
     shipped = InferenceConfig()
     changes: dict[str, Any] = {
@@ -203,10 +201,12 @@ def weight_files(config: InferenceConfig) -> list[Path]:
             raise InputError(
                 f"{name}: {path} does not exist; bash scripts/download_weights.sh fetches the published weights"
             )
-    wan = files.pop("wan")
-    parts = (VAE, TEXT_ENCODER) if "generator_ckpt" in files else PARTS.values()
-    generator = [find_weights(DIT, files["generator_ckpt"])] if "generator_ckpt" in files else []
-    return [*wan_files(wan, parts), *generator, *([files["lora_ckpt"]] if "lora_ckpt" in files else [])]
+    found = wan_files(files["wan"], (VAE, TEXT_ENCODER) if "generator_ckpt" in files else PARTS.values())
+    if "generator_ckpt" in files:
+        found.append(find_weights(DIT, files["generator_ckpt"]))
+    if "lora_ckpt" in files:
+        found.append(files["lora_ckpt"])
+    return found
 
 
 def load_models(config: InferenceConfig, device: torch.device) -> Models:
@@ -237,17 +237,15 @@ def load_generator(config: InferenceConfig, device: torch.device, dtype: torch.d
     lora_path, lora = config.lora_ckpt or "", None if config.lora_ckpt is None else read_lora(config.lora_ckpt)
     if lora is not None:
         check_rank(lora, adapter.rank, lora_path)
-    if config.generator_ckpt is None:
-        dit_config, state = read_dit(folder)
-    else:
-        network = "generator_ema" if config.use_ema else "generator"
-        dit_config, state = read_generator(Path(config.generator_ckpt), folder, network)
-    check_finite(state, config.generator_ckpt or folder)
+    source = config.generator_ckpt or folder
+    network = "generator_ema" if config.use_ema and config.generator_ckpt else "generator"
+    dit_config, state = read_generator(source, folder, network)
+    check_finite(state, source)
     if lora is not None and config.merge_lora:
         state = merge_lora(state, lora, adapter.alpha, lora_path, dtype)
     with torch.device("meta"):
         generator = WanDiT(dit_config, attention)
-    load_into(generator, state, config.generator_ckpt or folder, dtype)
+    load_into(generator, state, source, dtype)
     if lora is not None and not config.merge_lora:
         attach_lora(generator, adapter.rank, adapter.alpha, lora, lora_path)
     return generator

@@ -220,10 +220,10 @@ class WanDiT(nn.Module):
     ) -> Tensor:
         """Predict the flow v = noise - x0.
 
-        latents [B, F, C, 8h.., 8w..]: any size that patches divide; timesteps [B] or [B, F] in [0, 1000]; text: prompt
-        embeddings [B, L, text_dim] (zero-padded, not masked) or what `project_text` made of them; cache and plan: the
-        past and what to do with it; frames [F]: positions, by default the plan's, or 0..F-1; attention: another
-        self-attention for this pass. Returns [B, F, C, height, width] in the model's type.
+        latents [B, F, C, height, width]: any size that patches divide; timesteps [B] or [B, F] in [0, 1000]; text:
+        prompt embeddings [B, L, text_dim] (zero-padded, not masked) or what `project_text` made of them; cache and
+        plan: the past and what to do with it; frames [F]: positions, by default the plan's, or 0..F-1; attention:
+        another self-attention for this pass. Returns [B, F, C, height, width] in the model's type.
         """
         x, time, embedded, context = self._embed(latents, timesteps, cache, plan, frames, attention)
         past = [None] * len(self.blocks) if cache is None else cache.layers

@@ -85,8 +85,9 @@ class LayerCache:
         """Store a pass's keys (unrotated, rotated) and values [B, H, tokens, D]; all it sees: [B, H, keys, D]."""
         if plan.past is not None:
             past_k, past_v = self.k.index_select(2, plan.past), self.v.index_select(2, plan.past)
-            self.k.index_copy_(2, plan.slots, k.detach()[:, :, : plan.num_sink_tokens])
-            self.v.index_copy_(2, plan.slots, v.detach()[:, :, : plan.num_sink_tokens])
+            if plan.num_sink_tokens:
+                self.k.index_copy_(2, plan.slots, k.detach()[:, :, : plan.num_sink_tokens])
+                self.v.index_copy_(2, plan.slots, v.detach()[:, :, : plan.num_sink_tokens])
             own_k, own_v = k[:, :, plan.num_skipped :], v[:, :, plan.num_skipped :]
             return torch.cat([past_k, own_k], dim=2), torch.cat([past_v, own_v], dim=2)
         self.k.index_copy_(2, plan.slots, k[:, :, plan.num_skipped :])
@@ -170,13 +171,12 @@ class KVCache:
         what only a first pass stores. When activations are recomputed in the backward pass the past must still be
         there: the ring must hold the window and all frames that are made before that.
         """
-        config, end = self.config, start_frame + num_frames
-        num_sink, published = config.sink_frames, config.published_sink_fill and start_frame > 0
+        end, num_sink = start_frame + num_frames, self.config.sink_frames
+        published = self.config.published_sink_fill and start_frame > 0
         first = min(max(start_frame, num_sink), end) if published and not is_first else start_frame
         num_filled = max(0, min(num_sink, end) - start_frame) if published and is_first else 0
-        oldest = num_sink if config.window_frames == -1 else max(num_sink, end - (config.window_frames - num_sink))
-        sink = torch.arange(num_sink if config.published_sink_fill else min(num_sink, end), device=self.device)
-        newest = torch.arange(min(oldest, start_frame), start_frame, device=self.device)
+        sink = torch.arange(self._num_sink_seen(end), device=self.device)
+        newest = torch.arange(min(self._oldest_seen(end), start_frame), start_frame, device=self.device)
         seen = torch.cat([sink[(sink < first) | (sink >= end)], newest])
         frames = torch.arange(start_frame, end, device=self.device)
         return CachePlan(
@@ -229,12 +229,21 @@ class KVCache:
 
     def _visible(self, end: int) -> int | Tensor:
         """Tokens seen by a pass that ends before frame `end`: a prefix, unless the ring is longer than the window."""
-        window, num_sink = self.config.window_frames, self.config.sink_frames
-        sink_seen = num_sink if self.config.published_sink_fill else min(num_sink, end)
+        window, num_sink_seen = self.config.window_frames, self._num_sink_seen(end)
         if window == -1 or window == self.capacity_frames:
-            return max(end if window == -1 else min(end, window), sink_seen) * self.frame_tokens
-        newest = torch.arange(max(num_sink, end - (window - num_sink)), max(num_sink, end), device=self.device)
-        return self._tokens(torch.cat([torch.arange(sink_seen, device=self.device), self._slots(newest)]))
+            return max(end if window == -1 else min(end, window), num_sink_seen) * self.frame_tokens
+        newest = torch.arange(self._oldest_seen(end), max(self.config.sink_frames, end), device=self.device)
+        return self._tokens(torch.cat([torch.arange(num_sink_seen, device=self.device), self._slots(newest)]))
+
+    def _num_sink_seen(self, end: int) -> int:
+        """Frames of the sink seen by a pass that ends before frame `end`; the published code sees empty slots too."""
+        num_sink = self.config.sink_frames
+        return num_sink if self.config.published_sink_fill else min(num_sink, end)
+
+    def _oldest_seen(self, end: int) -> int:
+        """The oldest frame behind the sink that a pass which ends before frame `end` sees."""
+        window, num_sink = self.config.window_frames, self.config.sink_frames
+        return num_sink if window == -1 else max(num_sink, end - (window - num_sink))
 
     def _sink_shift(self, end: int) -> int:
         """How far the sink's positions lie ahead of its frames' own."""
