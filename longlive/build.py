@@ -124,7 +124,8 @@ def choose_model(config: InferenceConfig, explicit: frozenset[str]) -> Inference
     changes: dict[str, Any] = {
         k: v for k, v in small.items() if k not in explicit and getattr(config, k) == getattr(shipped, k)
     }
-    return replace(config, model_name=BUILTIN, generator_ckpt=None, lora_ckpt=None, **changes)
+    changes |= {k: None for k in ("generator_ckpt", "lora_ckpt") if getattr(config, k) == PUBLISHED_WEIGHTS[k]}
+    return replace(config, model_name=BUILTIN, **changes)
 
 
 def choose_device(name: str) -> torch.device:
@@ -185,23 +186,30 @@ def make_session_config(config: InferenceConfig) -> SessionConfig:
 
 def wan_path(config: InferenceConfig) -> Path:
     """The Wan model's folder, original or `-Diffusers` layout."""
-    path = Path(config.wan_folder) / config.model_name
+    return find_wan_folder(config.wan_folder, config.model_name)
+
+
+def find_wan_folder(wan_folder: str, name: str) -> Path:
+    """The folder of the Wan model called `name`, original or `-Diffusers` layout; it need not exist."""
+    path = Path(wan_folder) / name
     diffusers = path.with_name(f"{path.name}-Diffusers")
     return diffusers if diffusers.exists() and not path.exists() else path
 
 
 def weight_files(config: InferenceConfig) -> list[Path]:
     """The files that the models come from; raises InputError for one that is not there."""
-    if config.model_name == BUILTIN:
-        return []
-    named = {"wan": wan_path(config), "generator_ckpt": config.generator_ckpt, "lora_ckpt": config.lora_ckpt}
+    named = {"generator_ckpt": config.generator_ckpt, "lora_ckpt": config.lora_ckpt}
+    if config.model_name != BUILTIN:
+        named["wan"] = str(wan_path(config))
     files = {name: Path(path) for name, path in named.items() if path is not None}
     for name, path in files.items():
         if not path.exists():
             raise InputError(
                 f"{name}: {path} does not exist; bash scripts/download_weights.sh fetches the published weights"
             )
-    found = wan_files(files["wan"], (VAE, TEXT_ENCODER) if "generator_ckpt" in files else PARTS.values())
+    found = []
+    if "wan" in files:
+        found += wan_files(files["wan"], (VAE, TEXT_ENCODER) if "generator_ckpt" in files else PARTS.values())
     if "generator_ckpt" in files:
         found.append(find_weights(DIT, files["generator_ckpt"]))
     if "lora_ckpt" in files:
@@ -212,35 +220,28 @@ def weight_files(config: InferenceConfig) -> list[Path]:
 def load_models(config: InferenceConfig, device: torch.device) -> Models:
     """Generator, VAE and text encoder on `device`, ready for inference. Raises InputError for files that do not fit."""
     dtype = choose_dtype(config.dtype, device)
-    if config.model_name == BUILTIN:
-        return builtin_models(config, device, dtype)
-    folder = wan_path(config)
-    log.info("loading %s", folder)
+    folder = None if config.model_name == BUILTIN else wan_path(config)
+    log.info("loading %s", folder or "the built-in model")
     generator = load_generator(config, device, dtype)
-    vae_config, vae_state = read_vae(folder)
-    with torch.device("meta"):
-        vae = WanVAE(vae_config)
-    check_finite(vae_state, folder)
-    load_into(vae, vae_state, folder, dtype)
-    text_config, text_state, tokenizer = read_text_encoder(folder)
-    with torch.device("meta"):
-        text_config = replace(text_config, text_len=generator.config.text_len)
-        encoder = TextEncoder(text_config, load_tokenizer(tokenizer))
-    load_text_encoder(encoder, text_state, folder, torch.bfloat16)
+    vae, encoder = read_vae_and_encoder(folder, generator.config.text_len, dtype)
     return assemble(config, generator, vae, encoder, device, dtype)
 
 
 def load_generator(config: InferenceConfig, device: torch.device, dtype: torch.dtype) -> WanDiT:
     """The causal generator: Wan's sizes, the checkpoint's weights, the LoRA merged in or attached."""
     attention = select_attention(config.attention, device, dtype)
-    folder, adapter = wan_path(config), config.adapter
+    adapter = config.adapter
     lora_path, lora = config.lora_ckpt or "", None if config.lora_ckpt is None else read_lora(config.lora_ckpt)
     if lora is not None:
         check_rank(lora, adapter.rank, lora_path)
-    source = config.generator_ckpt or folder
-    network = "generator_ema" if config.use_ema and config.generator_ckpt else "generator"
-    dit_config, state = read_generator(source, folder, network)
-    check_finite(state, source)
+    if config.model_name == BUILTIN and config.generator_ckpt is None:
+        source: str | Path = "the built-in model"
+        dit_config, state = PRESETS[BUILTIN], builtin_modules()[0].state_dict()
+    else:
+        source = config.generator_ckpt or wan_path(config)
+        network = "generator_ema" if config.use_ema and config.generator_ckpt else "generator"
+        dit_config, state = read_generator(source, wan_path(config), network)
+        check_finite(state, source)
     if lora is not None and config.merge_lora:
         state = merge_lora(state, lora, adapter.alpha, lora_path, dtype)
     with torch.device("meta"):
@@ -251,14 +252,30 @@ def load_generator(config: InferenceConfig, device: torch.device, dtype: torch.d
     return generator
 
 
-def builtin_models(config: InferenceConfig, device: torch.device, dtype: torch.dtype) -> Models:
-    """The tiny model that is there without any download. Random weights, always the same ones."""
+def builtin_modules() -> tuple[WanDiT, WanVAE, TextEncoder]:
+    """The parts of the model that is there without any download. Random weights, always the same ones."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        generator = WanDiT(PRESETS[BUILTIN], select_attention(config.attention, device, dtype))
-        vae = WanVAE(BUILTIN_VAE)
-        encoder = TextEncoder(TextEncoderConfig.tiny(), byte_tokens)
-    return assemble(config, generator, vae, encoder, device, dtype)
+        return WanDiT(PRESETS[BUILTIN]), WanVAE(BUILTIN_VAE), TextEncoder(TextEncoderConfig.tiny(), byte_tokens)
+
+
+def read_vae_and_encoder(folder: Path | None, text_len: int, dtype: torch.dtype) -> tuple[WanVAE, TextEncoder]:
+    """VAE in `dtype` and text encoder in bfloat16, on the CPU, from a Wan folder, or from None the built-in ones.
+
+    text_len: tokens of a prompt. Raises InputError for files that do not fit.
+    """
+    if folder is None:
+        return builtin_modules()[1:]
+    vae_config, vae_state = read_vae(folder)
+    with torch.device("meta"):
+        vae = WanVAE(vae_config)
+    check_finite(vae_state, folder)
+    load_into(vae, vae_state, folder, dtype)
+    text_config, text_state, tokenizer = read_text_encoder(folder)
+    with torch.device("meta"):
+        encoder = TextEncoder(replace(text_config, text_len=text_len), load_tokenizer(tokenizer))
+    load_text_encoder(encoder, text_state, folder, torch.bfloat16)
+    return vae, encoder
 
 
 def assemble(
@@ -270,17 +287,27 @@ def assemble(
     dtype: torch.dtype,
 ) -> Models:
     """Move the parts to the device, frozen; compile them if asked."""
-    for module in (generator, vae):
-        module.to(device, dtype).eval().requires_grad_(False)
+    generator.to(device, dtype).eval().requires_grad_(False)
+    place_vae(vae, device, dtype)
+    if config.compile:
+        compile_models(generator, vae)
+    return Models(generator, vae, place_encoder(encoder, device, config.low_memory))
+
+
+def place_vae(vae: WanVAE, device: torch.device, dtype: torch.dtype) -> None:
+    """Move the VAE to the device, frozen."""
+    vae.to(device, dtype).eval().requires_grad_(False)
     if device.type == "cuda":
         vae.use_channels_last()
-    if config.low_memory and device.type == "cuda":
+
+
+def place_encoder(encoder: TextEncoder, device: torch.device, low_memory: bool) -> PromptCache:
+    """Move the text encoder to the device; with `low_memory` only for as long as it computes."""
+    if low_memory and device.type == "cuda":
         offload(encoder, device)
     else:
         encoder.to(device)
-    if config.compile:
-        compile_models(generator, vae)
-    return Models(generator, vae, PromptCache(encoder.eval(), device))
+    return PromptCache(encoder.eval(), device)
 
 
 def compile_models(generator: WanDiT, vae: WanVAE) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `python -m longlive inference | interactive | convert`.
+"""The command line: `python -m longlive inference | interactive | train | export | plot | convert`.
 
 Mistakes of the user end in one line on stderr and exit code 2, Ctrl-C in 130; anything else is a bug and keeps its
 traceback. Heavy modules are imported by the command that needs them, so that `--help` is quick.
@@ -114,6 +114,42 @@ def _interactive(argv: Sequence[str]) -> None:
     _generate("interactive", argv, "longlive_interactive_inference.yaml")
 
 
+def _train(argv: Sequence[str]) -> None:
+    """train a generator: stage by stage, resuming where it stopped"""
+    from longlive.train_config import TrainConfig, load_train_config
+
+    parser = _Parser("train", f"{_train.__doc__}.", _describe_keys(TrainConfig))
+    config = load_train_config(*_config_arguments(parser, argv, "longlive_train_init.yaml"))
+
+    from longlive.train import run_training
+
+    run_training(config)
+
+
+def _export(argv: Sequence[str]) -> None:
+    """write the weights of a training run's newest checkpoint for inference"""
+    parser = _Parser("export", f"{_export.__doc__}.", "")
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
+    parser.add_argument("--checkpoint", metavar="DIR", type=Path, help="another of its checkpoints")
+    args = parser.parse_args(argv)
+
+    from longlive.train import export_folder
+
+    export_folder(args.run, args.checkpoint)
+
+
+def _plot(argv: Sequence[str]) -> None:
+    """draw the curves of training runs to a picture"""
+    parser = _Parser("plot", f"{_plot.__doc__}.", "")
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folder of a run; several are compared")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="the picture, .png, .pdf or .svg (default: in RUN)")
+    args = parser.parse_args(argv)
+
+    from longlive.training.plot import plot
+
+    logging.getLogger("longlive").info("%s", plot(args.runs, args.out))
+
+
 def _convert(argv: Sequence[str]) -> None:
     """convert weights between formats and merge a LoRA into them"""
     from longlive.weights import convert
@@ -126,12 +162,24 @@ def _convert(argv: Sequence[str]) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "inference": _inference,
     "interactive": _interactive,
+    "train": _train,
+    "export": _export,
+    "plot": _plot,
     "convert": _convert,
 }
 
 
 def _generate(name: str, argv: Sequence[str], default_config: str) -> None:
     parser = _Parser(name, f"{COMMANDS[name].__doc__}.", _describe_keys(InferenceConfig))
+    config, explicit = load_config(InferenceConfig, *_config_arguments(parser, argv, default_config))
+
+    from longlive.build import run_inference
+
+    run_inference(config, explicit)
+
+
+def _config_arguments(parser: _Parser, argv: Sequence[str], default_config: str) -> tuple[Path, list[str]]:
+    """The configuration file and the overrides that a command line gives."""
     parser.add_argument(
         "--config_path",
         "--config-path",
@@ -144,11 +192,7 @@ def _generate(name: str, argv: Sequence[str], default_config: str) -> None:
     args, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         raise InputError(f"unknown option {unknown[0]}: settings are written key=value, for example seed=3")
-    config, explicit = load_config(InferenceConfig, args.config_path, args.overrides)
-
-    from longlive.build import run_inference
-
-    run_inference(config, explicit)
+    return args.config_path, args.overrides
 
 
 def _describe_keys(schema: type[Section]) -> str:

@@ -54,6 +54,12 @@ def one_of(*choices: str) -> Rule:
 MULTIPLE_OF_16 = Rule("a positive multiple of 16", lambda value: value > 0 and value % 16 == 0)
 POSITIVE = Rule("a positive number", lambda value: 0 < value < math.inf)
 DTYPES = ("bfloat16", "float16", "float32")
+DEVICE = Rule("auto, cpu, cuda or cuda:N", lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None)
+FRAME_NUMBERS = Rule("increasing frame numbers from 0", lambda value: _increases((-1, *value)))
+STEPS = Rule(
+    "decreasing numbers in 1000..1 (a last 0 has nothing left to denoise: remove it)",
+    lambda value: len(value) > 0 and _increases((0, *reversed(value), 1001)),
+)
 
 
 def _show(value: Any) -> str:
@@ -181,9 +187,7 @@ class InferenceConfig(Section):
     fps: int = setting(16, "video frames per second of the file; the models are made for 16", at_least(1))
     crf: int = setting(18, "H.264 quality: 0 = lossless, 51 = worst", between(0, 51))
     switch_frame_indices: tuple[int, ...] = setting(
-        (),
-        "latent frames at which the next prompt takes over, where the prompt file does not say",
-        Rule("increasing frame numbers from 0", lambda value: _increases((-1, *value))),
+        (), "latent frames at which the next prompt takes over, where the prompt file does not say", FRAME_NUMBERS
     )
     global_sink: bool = setting(True, "a prompt switch keeps the sink; false = renews it")
 
@@ -198,21 +202,12 @@ class InferenceConfig(Section):
 
     num_frame_per_block: int = setting(3, "latent frames made at a time", at_least(1))
     denoising_step_list: tuple[int, ...] = setting(
-        (1000, 750, 500, 250),
-        "noise levels of the denoising steps of a block, of 1000; one pass each",
-        Rule(
-            "decreasing numbers in 1000..1 (a last 0 has nothing left to denoise: remove it)",
-            lambda value: len(value) > 0 and _increases((0, *reversed(value), 1001)),
-        ),
+        (1000, 750, 500, 250), "noise levels of the denoising steps of a block, of 1000; one pass each", STEPS
     )
     warp_denoising_step: bool = setting(True, "warp denoising_step_list by timestep_shift")
     context_noise: int = setting(0, "timestep at which finished frames enter the cache", between(0, 1000))
 
-    device: str = setting(
-        "auto",
-        "auto = cuda where there is one",
-        Rule("auto, cpu, cuda or cuda:N", lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None),
-    )
+    device: str = setting("auto", "auto = cuda where there is one", DEVICE)
     dtype: str = setting("auto", "auto = bfloat16 on cuda, float32 on cpu", one_of("auto", *DTYPES))
     attention: str = setting("auto", "attention kernel", one_of("auto", "sdpa", "cudnn", "flash2", "flash3"))
     compile: bool = setting(False, "compile the models first: slow to start, then faster")
@@ -251,15 +246,25 @@ def _increases(values: Sequence[int]) -> bool:
 Config = TypeVar("Config", bound=Section)
 
 
-def load_config(schema: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, frozenset[str]]:
+Values = dict[str, Any]
+"""Values by dotted name, as a file or the command line gives them."""
+
+
+def load_config(
+    schema: type[Config],
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    translate: Callable[[Values], Values] = lambda values: values,
+) -> tuple[Config, frozenset[str]]:
     """The defaults of `schema`, changed by the YAML file at `path`, then by the `key=value` texts in `overrides`.
 
     Returns the configuration and the dotted keys that `overrides` names. An override is not YAML: a string is taken as
-    it stands, a list is `1, 2` or `[1, 2]`, `null` is null. Paths are made absolute by `PATH_RULE`.
+    it stands, a list is `1, 2` or `[1, 2]`, `null` is null. Paths are made absolute by `PATH_RULE`. translate: turns
+    other names for keys into ours, in either source.
     Raises InputError, one line, for an unreadable file, an unknown key, a wrong type or an impossible value.
     """
     keys = config_keys(schema)
-    in_file, typed = dict(_flatten(_read_yaml(Path(path)))), _parse_overrides(overrides)
+    in_file, typed = translate(dict(_flatten(_read_yaml(Path(path))))), translate(_parse_overrides(overrides))
     merged = OmegaConf.structured(schema)
     for source, values in ((f"{path}: ", in_file), ("command line: ", typed)):
         for name, value in values.items():
@@ -283,6 +288,11 @@ def to_dict(config: Section) -> dict[str, Any]:
     return asdict(config)
 
 
+def to_yaml(settings: Mapping[str, Any]) -> str:
+    """Settings as the text of a file that `load_config` reads."""
+    return OmegaConf.to_yaml(OmegaConf.create(_literal_tree(settings)))
+
+
 def _read_yaml(path: Path) -> Mapping[Any, Any]:
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path))
@@ -302,8 +312,8 @@ def _read_yaml(path: Path) -> Mapping[Any, Any]:
     return tree
 
 
-def _parse_overrides(overrides: Sequence[str]) -> dict[str, str | None]:
-    values: dict[str, str | None] = {}
+def _parse_overrides(overrides: Sequence[str]) -> Values:
+    values: Values = {}
     for text in overrides:
         name, separator, value = text.partition("=")
         if not (name and separator and value):
@@ -348,6 +358,10 @@ def _merge(config: Any, key: Key, value: Any, source: str) -> Any:
         return OmegaConf.merge(config, change)
     except OmegaConfBaseException as error:
         raise wrong from error
+
+
+def _literal_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _literal_tree(v) if isinstance(v, Mapping) else _literal(v) for key, v in tree.items()}
 
 
 def _literal(value: Any) -> Any:

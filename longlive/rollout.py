@@ -64,12 +64,14 @@ def constant_timesteps(latents: Tensor, timestep: float) -> Tensor:
 class BlockTraining:
     """How a block is made in training (Self-Forcing).
 
-    exit_step: the last step made, whose x0 is the result. prompt_embeds [B, L, text_dim]: make that step with gradient,
-    the prompt's projections included, or None. context_noise: noise of the block's shape, added at the level of the
-    context timestep to what enters the cache, or None.
+    exit_step: the last step made, whose x0 is the result. trained: the network that makes this step with gradient, or
+    None: all passes are the rollout's own, without; it may hold its weights elsewhere, shared out or in another type.
+    prompt_embeds [B, L, text_dim]: what it is given as prompt, whose projections have a gradient too. context_noise:
+    noise of the block's shape, added at the level of the context timestep to what enters the cache, or None.
     """
 
     exit_step: int
+    trained: WanDiT | None = None
     prompt_embeds: Tensor | None = None
     context_noise: Tensor | None = None
 
@@ -91,7 +93,6 @@ def denoise_block(
     """
     num_frames = noise.shape[1]
     num_steps = len(sampler.timesteps) if training is None else training.exit_step + 1
-    gradient_text = None if training is None else training.prompt_embeds
     first_plan, plan = cache.plan_block(start_frame, num_frames)
     xt, x0 = noise, noise
     for step in range(num_steps):
@@ -99,9 +100,9 @@ def denoise_block(
         if step > 0:
             xt = add_noise(x0, renoise(step - 1), sigma)
         timesteps = constant_timesteps(xt, timestep)
-        if step == num_steps - 1 and gradient_text is not None:
+        if step == num_steps - 1 and training is not None and training.trained is not None:
             gradient_plan = cache.plan_gradient(start_frame, num_frames, is_first=step == 0)
-            flow = model(xt, timesteps, gradient_text, cache=cache, plan=gradient_plan)
+            flow = training.trained(xt, timesteps, training.prompt_embeds, cache=cache, plan=gradient_plan)
         else:
             with torch.no_grad():
                 flow = model(xt, timesteps, text, cache=cache, plan=first_plan if step == 0 else plan)

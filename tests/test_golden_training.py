@@ -14,7 +14,7 @@ from longlive.models.dit import WanDiT
 from longlive.models.kv_cache import CacheConfig
 from longlive.models.vae import VAEConfig, WanVAE
 from longlive.rollout import Rollout, Sampler, SamplerConfig
-from longlive.training.dmd import DMD, DMDConfig
+from longlive.training.dmd import DMD, DMDConfig, Noised
 from longlive.training.streaming import ChunkNoise, StreamingSequence, make_clip
 
 pytestmark = pytest.mark.golden
@@ -53,6 +53,14 @@ def make_rollout(case: Case, settings: dict[str, Any], capacity_frames: int) -> 
     )
     cache = dit.new_cache(cache_config, 1, *settings["latent"], capacity_frames)
     return Rollout(dit, Sampler(sampler), cache, "published_training")
+
+
+@torch.no_grad()
+def scores(
+    dmd: DMD, critic: WanDiT, teacher: WanDiT, noised: Noised, text: Tensor, negative: Tensor
+) -> tuple[Tensor, Tensor]:
+    fake = dmd.guided_x0(critic, noised, text, negative, dmd.config.fake_guidance)
+    return fake, dmd.guided_x0(teacher, noised, text, negative, dmd.config.guidance)
 
 
 def chunk_noise(case: Case, first: int, length: int, exit_steps: list[int]) -> ChunkNoise:
@@ -150,9 +158,8 @@ def test_streaming_model(folder: Path) -> None:
         samples = clip.latents if role == "G" else clip.latents.detach()
         noised = dmd.noised(samples.detach(), torch.tensor([[timestep]]), case.input("score_noise"))
         if role == "G":
-            loss, _ = dmd.generator_loss(
-                samples, noised, teacher, critic, sequence.prompt, case.input("uncond"), clip.mask
-            )
+            fake, real = scores(dmd, critic, teacher, noised, sequence.prompt, case.input("uncond"))
+            loss, _ = dmd.generator_loss(samples, fake, real, clip.mask)
         else:
             loss = dmd.critic_loss(samples, noised, critic, sequence.prompt, clip.mask)
         loss.backward()
@@ -193,7 +200,7 @@ def test_dmd(folder: Path, name: str) -> None:
     if settings["mask"] is not None:
         mask = (torch.arange(samples.shape[1]) >= settings["mask"])[:, None, None, None]
     noised = dmd.noised(samples.detach(), raw, case.input("score_noise")[:batch])
-    loss, gradient_norm = dmd.generator_loss(samples, noised, teacher, critic, text, negative, mask)
+    loss, gradient_norm = dmd.generator_loss(samples, *scores(dmd, critic, teacher, noised, text, negative), mask)
     loss.backward()
     found = {
         "generator_loss": loss,

@@ -15,7 +15,7 @@ LAYERS = (
     ("models",),
     ("rollout", "quantize", "weights", "data"),
     ("inference", "training"),
-    ("config", "build"),
+    ("config", "build", "train_config", "train"),
     ("eval", "web"),
     ("cli", "__main__"),
 )

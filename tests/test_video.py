@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from longlive.data.clips import read_clip
 from longlive.errors import InputError
-from longlive.inference.video import ContactSheet, VideoWriter, check_writable, read_clip
+from longlive.inference.video import ContactSheet, VideoWriter, check_writable
 
 HEIGHT, WIDTH, FPS = 64, 96, 16
 

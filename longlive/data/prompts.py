@@ -1,4 +1,4 @@
-"""Prompt files: which prompts a video shows, and from which frame on.
+"""Prompt files: which prompts a video shows, and from which frame on; which prompts training draws from.
 
 `.txt` holds one prompt, and so one video, per line. `.jsonl` holds one JSON object per line:
 
@@ -11,7 +11,8 @@
     seed                   noise seed of this video
     start_from             picture or clip to continue; a relative path is relative to the prompt file
 
-Blank lines are skipped, a key that is `null` counts as absent, and lines may differ in length.
+Blank lines are skipped, a key that is `null` counts as absent, and lines may differ in length. Training reads only the
+prompts of such files. An index of training clips is `.jsonl` too, with one prompt and one file per line.
 """
 
 import difflib
@@ -19,7 +20,8 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -64,24 +66,14 @@ def read_scripts(
     frames. Raises `InputError` naming file and line.
     """
     path = Path(path)
-    parse = {".txt": _parse_text, ".jsonl": _parse_json}.get(path.suffix.lower())
-    if parse is None:
-        raise InputError(f"{path}: prompt files end in .txt (one prompt per line) or .jsonl (one JSON object per line)")
+    parse = _line_parser(path)
     scripts: list[Script] = []
-    for line, text in enumerate(_read_lines(path), start=1):
-        if len(scripts) == limit:
-            break
-        if not text.strip():
-            continue
-        try:
+    for where, text in _read_lines(path)[:limit]:
+        with naming(where):
             fields = parse(text)
             prompts = _prompts(fields)
             switches, length = _timing(fields, len(prompts), num_frames, frames_per_block, switch_frames, fps)
             scripts.append(Script(prompts, switches, length, _seed(fields), _start_from(fields, path.parent)))
-        except InputError as error:
-            raise InputError(f"{path}, line {line}: {error}") from None
-    if not scripts:
-        raise InputError(f"{path}: holds no prompt")
     return scripts
 
 
@@ -94,7 +86,99 @@ def make_script(
     return Script(checked, switches, length, seed=None, start_from=None)
 
 
-def _read_lines(path: Path) -> list[str]:
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts to train with: one per line of a `.txt` or `.jsonl` prompt file, of several the first.
+
+    Raises `InputError` naming file and line.
+    """
+    return [prompts[0] for _, prompts in _read_prompt_lines(Path(path))]
+
+
+def read_pairs(path: str | Path, switch_path: str | Path | None) -> list[tuple[str, str]]:
+    """The pairs (prompt, prompt after the switch) to train with one prompt switch.
+
+    The i-th prompt of `path` goes with the i-th of `switch_path`, read as `read_prompts` does; without `switch_path`
+    every line of `path`, a `.jsonl` file, holds two prompts. Raises `InputError` naming file and line.
+    """
+    if switch_path is None:
+        return _read_own_pairs(Path(path))
+    prompts, switch_prompts = read_prompts(path), read_prompts(switch_path)
+    if len(prompts) != len(switch_prompts):
+        raise InputError(
+            f"{path} has {_count(len(prompts), 'prompt')} and {switch_path} has {len(switch_prompts)}; "
+            "pairs need as many in both"
+        )
+    return list(zip(prompts, switch_prompts, strict=True))
+
+
+@dataclass(frozen=True)
+class IndexLine:
+    """A line of an index: a prompt and the file that belongs to it. `where` names index and line for errors."""
+
+    prompt: str
+    file: Path
+    where: str
+
+
+def read_index(path: str | Path, key: str) -> list[IndexLine]:
+    """Read a `.jsonl` index of lines `{"prompt": "…", key: "file"}`; a relative file is relative to the index.
+
+    Every file exists. Raises `InputError` naming index and line.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".jsonl":
+        raise InputError(f'{path}: an index ends in .jsonl and holds {{"prompt": "…", "{key}": "…"}} in every line')
+    lines = []
+    for where, text in _read_lines(path):
+        with naming(where):
+            fields = _parse_json(text, ("prompt", key))
+            for name in ("prompt", key):
+                if name not in fields:
+                    raise InputError(f"has no '{name}'")
+            (prompt,) = _prompts(fields)
+            lines.append(IndexLine(prompt, _existing_file(fields, key, "a file", path.parent), where))
+    return lines
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Put `where`, such as file and line, before the message of every `InputError`."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def _read_own_pairs(path: Path) -> list[tuple[str, str]]:
+    if path.suffix.lower() != ".jsonl":
+        raise InputError(f"{path}: pairs need a second file, or a .jsonl file with two 'prompts' in every line")
+    pairs = []
+    for where, prompts in _read_prompt_lines(path):
+        if len(prompts) != 2:
+            raise InputError(f"{where}: has {_count(len(prompts), 'prompt')}, a pair needs 2")
+        pairs.append((prompts[0], prompts[1]))
+    return pairs
+
+
+def _read_prompt_lines(path: Path) -> list[tuple[str, tuple[str, ...]]]:
+    """Every line's place and prompts."""
+    parse = _line_parser(path)
+    lines = []
+    for where, text in _read_lines(path):
+        with naming(where):
+            lines.append((where, _prompts(parse(text))))
+    return lines
+
+
+def _line_parser(path: Path) -> Callable[[str], dict[str, Any]]:
+    parse = {".txt": _parse_text, ".jsonl": _parse_json}.get(path.suffix.lower())
+    if parse is None:
+        raise InputError(f"{path}: prompt files end in .txt (one prompt per line) or .jsonl (one JSON object per line)")
+    return parse
+
+
+def _read_lines(path: Path) -> list[tuple[str, str]]:
+    """The place ("file, line n") and the text of every line that is not blank, at least one."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -105,14 +189,18 @@ def _read_lines(path: Path) -> list[str]:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}, line {line}: not UTF-8 text (byte 0x{data[error.start]:02x})") from None
     # Not str.splitlines, which also breaks at U+2028, form feeds and others that may stand inside a prompt.
-    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    found = [(f"{path}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not found:
+        raise InputError(f"{path}: holds no prompt")
+    return found
 
 
 def _parse_text(text: str) -> dict[str, Any]:
     return {"prompt": text}
 
 
-def _parse_json(text: str) -> dict[str, Any]:
+def _parse_json(text: str, keys: Sequence[str] = _KEYS) -> dict[str, Any]:
     """Parse one JSON object of known keys; keys that are null are dropped."""
     try:
         fields = json.loads(text)
@@ -121,10 +209,10 @@ def _parse_json(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
         raise InputError(f"malformed JSON ({error})") from None
     if not isinstance(fields, dict):
-        raise InputError(f'needs a JSON object such as {{"prompts": ["…"]}}, found {_shown(fields)}')
+        raise InputError(f'needs a JSON object such as {{"{keys[0]}": "…"}}, found {_shown(fields)}')
     for key in fields:
-        if key not in _KEYS:
-            nearest = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0)[0]
+        if key not in keys:
+            nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0)[0]
             raise InputError(f"unknown key {_shown(key)}, nearest is {nearest!r}")
     return {key: value for key, value in fields.items() if value is not None}
 
@@ -246,12 +334,16 @@ def _seed(fields: dict[str, Any]) -> int | None:
 def _start_from(fields: dict[str, Any], folder: Path) -> str | None:
     if "start_from" not in fields:
         return None
-    if not isinstance(fields["start_from"], str):
-        raise InputError(f"'start_from' must be the path of a picture or clip, found {_shown(fields['start_from'])}")
-    path = folder / fields["start_from"]
+    return str(_existing_file(fields, "start_from", "a picture or clip", folder))
+
+
+def _existing_file(fields: dict[str, Any], key: str, what: str, folder: Path) -> Path:
+    if not isinstance(fields[key], str):
+        raise InputError(f"'{key}' must be the path of {what}, found {_shown(fields[key])}")
+    path = folder / fields[key]
     if not path.is_file():
-        raise InputError(f"'start_from' is not a file: {path}")
-    return str(path)
+        raise InputError(f"'{key}' is not a file: {path}")
+    return path
 
 
 def _integer(name: str, value: Any) -> int:

@@ -24,9 +24,10 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from longlive.data.clips import read_clip
 from longlive.data.prompts import Script
 from longlive.inference.session import Chunk, Models, Session, SessionConfig
-from longlive.inference.video import ContactSheet, VideoWriter, read_clip
+from longlive.inference.video import ContactSheet, VideoWriter
 from longlive.weights.files import fingerprint, write_json
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Frames to and from files: mp4 written as it is made, contact sheet, pictures and clips to start from.
+"""Frames to files: mp4 written as it is made, contact sheet.
 
 Frames are uint8 RGB tensors [F, H, W, 3] (F = video frames). A file takes its name only once it is complete.
 """
@@ -7,26 +7,21 @@ import os
 import tempfile
 import textwrap
 import threading
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import av
-import numpy as np
 import torch
 from av.video.reformatter import Colorspace
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from longlive.data.prompts import VIDEO_FRAMES_PER_LATENT
 from longlive.errors import InputError
 from longlive.weights.files import atomic_file
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 # hybrid_fragmented: fragments while writing, an ordinary indexed mp4 once closed; delay_moov: time stamps from 0.
 _MP4_OPTIONS = {"movflags": "+frag_keyframe+delay_moov+hybrid_fragmented", "flush_packets": "1"}
@@ -173,71 +168,6 @@ class ContactSheet:
         draw, colour = ImageDraw.Draw(sheet), self._COLOURS[(number - 1) % len(self._COLOURS)]
         draw.rounded_rectangle((x, y - 8, x + 22, y + 8), 5, colour)
         draw.text((x + 11, y), str(number), self._BACKGROUND, _font(), anchor="mm")
-
-
-def read_clip(path: str | Path, height: int, width: int, fps: int, max_frames: int = 81) -> Tensor:
-    """Read a picture or clip as uint8 [F, height, width, 3] with F = 1 + 4k <= `max_frames`.
-
-    A clip is resampled to `fps` and its last frames are kept, because they are what a continuation follows. Frames are
-    scaled to cover height x width (with antialiasing) and cropped around the centre; transparency becomes white.
-    Raises `InputError` for a file that cannot be decoded.
-    """
-    path = Path(path)
-    factor = VIDEO_FRAMES_PER_LATENT
-    newest: deque[np.ndarray[Any, Any]] = deque(maxlen=1 + factor * ((max_frames - 1) // factor))
-    try:
-        for picture in _pictures(path, fps):
-            newest.append(_fit(picture, height, width))
-    # Damaged files also make Pillow raise SyntaxError, ValueError and DecompressionBombError.
-    except (OSError, av.FFmpegError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be read as a picture or video ({error})") from None
-    if not newest:
-        raise InputError(f"{path}: holds no picture")
-    num_kept = 1 + factor * ((len(newest) - 1) // factor)
-    return torch.from_numpy(np.stack(list(newest)[-num_kept:]))
-
-
-def _pictures(path: Path, fps: int) -> Iterator[Image.Image]:
-    """The one picture of an image file, or those of a clip at `fps`, upright. None of a clip of sound alone."""
-    if path.suffix.lower() in IMAGE_SUFFIXES:
-        with Image.open(path) as picture:
-            yield ImageOps.exif_transpose(picture)
-        return
-    with av.open(str(path.absolute()), metadata_errors="replace") as container:
-        if container.streams.video:
-            for frame in _at_rate(container.decode(video=0), fps):
-                yield frame.to_image().rotate(frame.rotation, expand=True)
-
-
-def _at_rate(frames: Iterable[av.VideoFrame], fps: int) -> Iterator[av.VideoFrame]:
-    """The frame shown at the middle of every 1/fps of a clip. The last one is shown for at least 1/fps.
-
-    A frame without a time stamp (raw streams have none) follows the one before it.
-    """
-    step = Fraction(1, fps)
-    next_time, end, previous = step / 2, Fraction(0), None
-    for frame in frames:
-        time_base = frame.time_base or step
-        time = end if frame.pts is None else frame.pts * time_base
-        if previous is None:
-            next_time += time
-        while previous is not None and next_time < time:
-            yield previous
-            next_time += step
-        end = time + (frame.duration * time_base or step)
-        previous = frame
-    while previous is not None and next_time < max(end, time + step):
-        yield previous
-        next_time += step
-
-
-def _fit(picture: Image.Image, height: int, width: int) -> np.ndarray[Any, Any]:
-    if picture.mode.startswith("I;16"):  # 16-bit grey, which Pillow would clip instead of scale
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return np.array(ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.LANCZOS))
 
 
 def _font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:

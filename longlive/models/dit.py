@@ -10,12 +10,14 @@ H heads, D = d / H, L = text_len.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from functools import partial
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from longlive.models.attention import AttentionFn, sdpa
 from longlive.models.kv_cache import CacheConfig, CachePlan, KVCache, LayerCache
@@ -87,13 +89,30 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
 
 
+Remat = Literal["none", "selective", "full"]
+"""What the backward pass computes again instead of keeping: nothing; all of a block but its attention, which is a
+large part of the arithmetic and a small one of the memory; or all of a block."""
+
+_ATTENTION_OPS = {
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def _keep_attention(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _ATTENTION_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 @dataclass(frozen=True)
 class Context:
-    """What the self-attention of every layer needs to know of a pass: positions, what to cache, another kernel."""
+    """What every layer needs to know of a pass: positions, what to cache, another kernel, what to compute again."""
 
     rope: Tensor
     plan: CachePlan | None
     attention: AttentionFn | None
+    remat: Remat
 
 
 class Attention(nn.Module):
@@ -166,6 +185,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, text: LayerText, past: LayerCache | None, context: Context) -> Tensor:
         """x [B, F, S, d] -> the same; time [B, F or 1, 6, d]."""
+        if context.remat == "none" or not torch.is_grad_enabled():
+            return self._forward(x, time, text, past, context)
+        selective = partial(create_selective_checkpoint_contexts, _keep_attention)
+        options: dict[str, Any] = {"context_fn": selective} if context.remat == "selective" else {}
+        return checkpoint(
+            self._forward, x, time, text, past, context, use_reentrant=False, preserve_rng_state=False, **options
+        )
+
+    def _forward(self, x: Tensor, time: Tensor, text: LayerText, past: LayerCache | None, context: Context) -> Tensor:
         shape = x.shape
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).unsqueeze(-2).unbind(2)
         y = self.self_attn(modulate(x, shift1, scale1, self.eps).flatten(1, 2), past, context)
@@ -196,9 +224,10 @@ class Head(nn.Module):
 class WanDiT(nn.Module):
     """Wan2.1 text-to-video transformer; see the head of this file."""
 
-    def __init__(self, config: DiTConfig, attention: AttentionFn = sdpa) -> None:
+    def __init__(self, config: DiTConfig, attention: AttentionFn = sdpa, remat: Remat = "none") -> None:
         super().__init__()
         self.config = config
+        self.remat: Remat = remat
         d = config.dim
         self.patch_embedding = nn.Conv3d(config.in_channels, d, config.patch_size, stride=config.patch_size)
         self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, d), nn.GELU("tanh"), nn.Linear(d, d))
@@ -294,7 +323,7 @@ class WanDiT(nn.Module):
         if cache is not None and plan is not None and plan.sink_shift != cache.sink_shift:
             sink = torch.arange(cache.config.sink_frames, device=x.device) + plan.sink_shift
             cache.move_sink(rope_table(sink, *size), plan)
-        return x, time, embedded, Context(rope_table(frames, *size), plan, attention)
+        return x, time, embedded, Context(rope_table(frames, *size), plan, attention, self.remat)
 
     def _text_layers(self, text: Tensor | TextKV) -> Sequence[LayerText]:
         """The prompt as each layer takes it; embeddings are projected inside the blocks, with gradient."""

@@ -52,6 +52,12 @@ class CacheConfig:
                 f"window_frames={self.window_frames}: must exceed sink_frames={self.sink_frames}, or be -1"
             )
 
+    def oldest_seen(self, end: int) -> int:
+        """The oldest frame behind the sink that a pass which ends before frame `end` sees."""
+        if self.window_frames == -1:
+            return self.sink_frames
+        return max(self.sink_frames, end - (self.window_frames - self.sink_frames))
+
 
 @dataclass(frozen=True)
 class CachePlan:
@@ -176,7 +182,7 @@ class KVCache:
         first = min(max(start_frame, num_sink), end) if published and not is_first else start_frame
         num_filled = max(0, min(num_sink, end) - start_frame) if published and is_first else 0
         sink = torch.arange(self._num_sink_seen(end), device=self.device)
-        newest = torch.arange(min(self._oldest_seen(end), start_frame), start_frame, device=self.device)
+        newest = torch.arange(min(self.config.oldest_seen(end), start_frame), start_frame, device=self.device)
         seen = torch.cat([sink[(sink < first) | (sink >= end)], newest])
         frames = torch.arange(start_frame, end, device=self.device)
         return CachePlan(
@@ -232,18 +238,13 @@ class KVCache:
         window, num_sink_seen = self.config.window_frames, self._num_sink_seen(end)
         if window == -1 or window == self.capacity_frames:
             return max(end if window == -1 else min(end, window), num_sink_seen) * self.frame_tokens
-        newest = torch.arange(self._oldest_seen(end), max(self.config.sink_frames, end), device=self.device)
+        newest = torch.arange(self.config.oldest_seen(end), max(self.config.sink_frames, end), device=self.device)
         return self._tokens(torch.cat([torch.arange(num_sink_seen, device=self.device), self._slots(newest)]))
 
     def _num_sink_seen(self, end: int) -> int:
         """Frames of the sink seen by a pass that ends before frame `end`; the published code sees empty slots too."""
         num_sink = self.config.sink_frames
         return num_sink if self.config.published_sink_fill else min(num_sink, end)
-
-    def _oldest_seen(self, end: int) -> int:
-        """The oldest frame behind the sink that a pass which ends before frame `end` sees."""
-        window, num_sink = self.config.window_frames, self.config.sink_frames
-        return num_sink if window == -1 else max(num_sink, end - (window - num_sink))
 
     def _sink_shift(self, end: int) -> int:
         """How far the sink's positions lie ahead of its frames' own."""

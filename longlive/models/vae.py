@@ -3,10 +3,12 @@
 A clip is processed in chunks: the first latent stands for 1 video frame, every later one for 4. Each causal convolution
 keeps the last frames of its input for the next chunk; these frames are the only state. They travel in a `StreamCache`
 that the caller owns, so a clip of any length takes constant memory and has no seams, and since a chunk is the same
-computation whether it comes alone or inside a longer clip, pieces of any size equal the whole exactly.
+computation whether it comes alone or inside a longer clip, pieces of any size equal the whole exactly. Training takes
+a whole clip as one first chunk: the same values up to rounding, in one pass without a loop.
 
-Shapes inside: x [B, C, T, H, W], stored channels-last. T counts the frames of one chunk at the current level: 1 in the
-first chunk; later 1, 2 or 4 on the way between latent and video. Module names are those of the original checkpoint.
+Shapes inside: x [B, C, T, H, W], stored channels-last. T counts the frames of one chunk at the current level: for one
+latent 1 in the first chunk; later 1, 2 or 4 on the way between latent and video. Module names are those of the original
+checkpoint.
 """
 
 from collections.abc import Callable
@@ -220,10 +222,10 @@ class Downsample(nn.Module):
         x = per_frame(self.resample, x)
         if self.time_conv is None:
             return x
-        if chunk.is_first:
-            chunk.keep(x)
-            return x
-        return self.time_conv(chunk.prepend(x, 1))  # T + 1 frames -> T / 2
+        if not chunk.is_first:
+            return self.time_conv(chunk.prepend(x, 1))  # T + 1 frames -> T / 2
+        chunk.keep(x[:, :, -1:])
+        return x if x.shape[2] == 1 else torch.cat([x[:, :, :1], self.time_conv(x)], dim=2)
 
 
 class Upsample(nn.Module):
@@ -242,7 +244,8 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, chunk: _Chunk) -> Tensor:
         if self.time_conv is not None:
             if chunk.is_first:
-                chunk.keep(F.pad(torch.zeros_like(x), (0, 0, 0, 0, 1, 0)))
+                first, later = x[:, :, :1], chunk.prepend(x[:, :, 1:], 2)
+                x = first if x.shape[2] == 1 else torch.cat([first, self._interleave(self.time_conv(later))], dim=2)
             else:
                 x = self._interleave(self.time_conv(chunk.prepend(x, 2)))
         return per_frame(self.resample, x)
@@ -275,7 +278,10 @@ class _Coder(nn.Module):
 
 
 class Encoder(_Coder):
-    """One chunk of pixels [B, 3, 1 or temporal_factor, H, W] -> [B, 2 * z_dim, 1, h, w] and the state for the next."""
+    """One chunk of pixels [B, 3, 1 or temporal_factor, H, W] -> [B, 2 * z_dim, 1, h, w] and the state for the next.
+
+    The first chunk may have 1 + temporal_factor * k frames, which give 1 + k latents.
+    """
 
     def __init__(self, config: VAEConfig) -> None:
         dims = config.dims
@@ -296,7 +302,10 @@ class Encoder(_Coder):
 
 
 class Decoder(_Coder):
-    """One latent [B, z_dim, 1, h, w] -> pixels [B, 3, 1 or temporal_factor, H, W] and the state for the next."""
+    """One latent [B, z_dim, 1, h, w] -> pixels [B, 3, 1 or temporal_factor, H, W] and the state for the next.
+
+    The first chunk may have 1 + k latents, which give 1 + temporal_factor * k frames.
+    """
 
     def __init__(self, config: VAEConfig) -> None:
         dims = config.dims
@@ -397,6 +406,29 @@ class WanVAE(nn.Module):
             raise InputError(f"latents are {tuple(latents.shape)}, accepted is [B, f, {self.config.z_dim}, h, w]")
         cache = self.new_cache() if cache is None else cache
         return torch.cat([self._decode_chunk(chunk, cache) for chunk in latents.split(1, dim=1)], dim=1)
+
+    def encode_distribution(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the posterior of a whole clip, not normalised; in one pass, for training.
+
+        Args:
+            pixels: [B, F, 3, H, W] in [-1, 1] with F = 1 + 4k; H and W multiples of `spatial_factor`.
+
+        Returns:
+            Two [B, 1 + k, z_dim, H/8, W/8]. Memory grows with the clip.
+
+        Raises:
+            InputError: as `encode`.
+        """
+        self._check_pixels(pixels, is_start=True)
+        features, _state = self.encoder(self._channels_first(pixels), [])
+        mean, log_variance = self.conv1(features).transpose(1, 2).chunk(2, dim=2)
+        return mean, log_variance
+
+    def decode_unnormalized(self, z: Tensor) -> Tensor:
+        """Pixels [B, 1 + 4k, 3, 8h, 8w], not clamped, of a whole clip of draws z [B, 1 + k, z_dim, h, w] from
+        `encode_distribution`; in one pass, for training."""
+        pixels, _state = self.decoder(self.conv2(self._channels_first(z)), [])
+        return pixels.transpose(1, 2)
 
     def _encode_chunk(self, pixels: Tensor, cache: StreamCache) -> Tensor:
         features, cache.features = self.encoder(self._channels_first(pixels), cache.features)

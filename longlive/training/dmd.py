@@ -5,13 +5,16 @@ see the samples at one random noise level; the difference of their predictions i
 the critic learns by flow matching what the generator makes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from longlive.flow import FlowSchedule, add_noise, flow_to_x0, x0_to_flow
-from longlive.models.dit import WanDiT
+
+Score = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""A bidirectional WanDiT, or what stands for one: (latents, timesteps [B, F], prompt [B, L, text_dim]) -> flow."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,13 @@ class DMD:
         sigma = self.schedule.sigma_at(timesteps)[..., None, None, None]
         return Noised(add_noise(samples, noise, sigma), noise, timesteps, sigma)
 
-    def predict_x0(self, score: WanDiT, noised: Noised, text: Tensor) -> Tensor:
+    def predict_x0(self, score: Score, noised: Noised, text: Tensor) -> Tensor:
         """A score model's x0 for a prompt [B, L, text_dim]."""
         flow = score(noised.xt, noised.timesteps, text)
         sigma = self.score_schedule.sigma_at(noised.timesteps)[..., None, None, None]
         return flow_to_x0(flow, noised.xt, sigma)
 
-    def guided_x0(self, score: WanDiT, noised: Noised, text: Tensor, negative: Tensor, guidance: float) -> Tensor:
+    def guided_x0(self, score: Score, noised: Noised, text: Tensor, negative: Tensor, guidance: float) -> Tensor:
         """x0 with classifier-free guidance; negative: the negative prompt [B, L, text_dim]."""
         cond = self.predict_x0(score, noised, text)
         if guidance == 0.0:
@@ -68,30 +71,21 @@ class DMD:
         return cond + guidance * (cond - self.predict_x0(score, noised, negative))
 
     def generator_loss(
-        self,
-        samples: Tensor,
-        noised: Noised,
-        teacher: WanDiT,
-        critic: WanDiT,
-        text: Tensor,
-        negative: Tensor,
-        mask: Tensor | None = None,
+        self, samples: Tensor, fake: Tensor, real: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """½ mean (x - sg(x - g))², with g = (x0_fake - x0_real) / mean |x - x0_real|: its gradient is g up to a factor.
 
-        samples: with gradient; noised: the same, noised; mask: which elements count, broadcast against the samples
-        (the normaliser takes all). Returns the loss (float64) and mean |g|.
+        samples: with gradient; fake, real: the guided x0 of critic and teacher for them, noised; mask: which elements
+        count, broadcast against the samples (the normaliser takes all). Returns the loss (float64) and mean |g|.
         """
         with torch.no_grad():
-            fake = self.guided_x0(critic, noised, text, negative, self.config.fake_guidance)
-            real = self.guided_x0(teacher, noised, text, negative, self.config.guidance)
             scale = (samples - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
             gradient = torch.nan_to_num((fake - real) / scale)
             target = (samples - gradient).double()
         return 0.5 * masked_mean((samples.double() - target).square(), mask), gradient.abs().mean()
 
     def critic_loss(
-        self, samples: Tensor, noised: Noised, critic: WanDiT, text: Tensor, mask: Tensor | None = None
+        self, samples: Tensor, noised: Noised, critic: Score, text: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         """Flow matching on the generator's samples: mean (v - (noise - x))²."""
         flow = x0_to_flow(self.predict_x0(critic, noised, text), noised.xt, noised.sigma)

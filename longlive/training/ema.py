@@ -18,3 +18,9 @@ class EMA:
         """Take in the parameters' present values, in the order given at the start."""
         for shadow, parameter in zip(self.shadow, parameters, strict=True):
             shadow.lerp_(parameter.detach().float(), 1 - self.decay)
+
+    @torch.no_grad()
+    def reset(self, parameters: Iterable[Tensor]) -> None:
+        """Begin again at the parameters' present values."""
+        for shadow, parameter in zip(self.shadow, parameters, strict=True):
+            shadow.copy_(parameter)

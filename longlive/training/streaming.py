@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longlive.models.dit import WanDiT
 from longlive.models.vae import WanVAE
 from longlive.rollout import BlockTraining, Rollout
 
@@ -39,12 +40,20 @@ class Clip:
 class StreamingSequence:
     """A sequence in the making: its rollout, its prompts, the frame at which the second prompt takes over."""
 
-    def __init__(self, rollout: Rollout, prompts: Sequence[Tensor], switch_frame: int | None = None) -> None:
+    def __init__(
+        self,
+        rollout: Rollout,
+        prompts: Sequence[Tensor],
+        switch_frame: int | None = None,
+        trained: WanDiT | None = None,
+    ) -> None:
         """prompts: embeddings [B, L, text_dim] of one prompt, or of two with a `switch_frame`: the switch comes before
-        the first block that starts at or after it."""
+        the first block that starts at or after it. trained: the network of the passes with gradient, by default the
+        rollout's own."""
         assert len(prompts) == (1 if switch_frame is None else 2)
         self.rollout = rollout
         self.prompts = prompts
+        self.trained = trained or rollout.model
         block = rollout.sampler.config.frames_per_block
         self.switch_frame = None if switch_frame is None else -(-switch_frame // block) * block
 
@@ -81,7 +90,8 @@ class StreamingSequence:
             has_gradient = gradient_from_frame is not None and offset >= gradient_from_frame
             training = BlockTraining(
                 exit_step=chunk.exit_steps[index],
-                prompt_embeds=prompt if has_gradient else None,
+                trained=self.trained if has_gradient else None,
+                prompt_embeds=prompt,
                 context_noise=None if chunk.context is None else chunk.context[:, span],
             )
             fresh = [noise[:, span] for noise in chunk.renoise]

@@ -82,7 +82,7 @@ def merge_lora(
     """
     if not 0 < alpha < math.inf:
         raise InputError(f"{source}: LoRA alpha is {alpha}, accepted is a positive number")
-    _check_targets(lora, state_dict, source)
+    check_targets(lora, state_dict, source)
     scale = alpha / lora_rank(lora)
     merged = dict(state_dict)
     for module, (a, b) in lora.items():
@@ -100,7 +100,7 @@ def attach_lora(model: WanDiT, rank: int, alpha: float, lora: Lora | None = None
     """
     if lora is not None:
         check_rank(lora, rank, source)
-        _check_targets(lora, model.state_dict(), source)
+        check_targets(lora, model.state_dict(), source)
     linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     targets = [name for name in linears if name.startswith("blocks.")]
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), model)  # type: ignore[arg-type]
@@ -118,7 +118,8 @@ def extract_lora(model: WanDiT) -> StateDict:
     return {f"base_model.model.{name.replace('.default', '')}": tensor for name, tensor in attached.items()}
 
 
-def _check_targets(lora: Lora, state_dict: StateDict, source: str | Path) -> None:
+def check_targets(lora: Lora, state_dict: StateDict, source: str | Path) -> None:
+    """Raise `InputError` unless every pair of `lora`, read from `source`, fits a weight of `state_dict`."""
     homeless = [module for module in lora if f"{module}.weight" not in state_dict]
     if homeless:
         raise InputError(f"{source}: the model has no such modules to apply LoRA to: {shorten(homeless)}")

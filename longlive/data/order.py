@@ -1,0 +1,32 @@
+"""The order in which training meets its data: every epoch a permutation of its own, known without any state."""
+
+import hashlib
+
+import torch
+
+
+class Order:
+    """The endless stream of items: `order[n]` is the item of the n-th sample.
+
+    Every epoch of `num_items` samples holds each item once. Its permutation is a pure function of seed and epoch, so
+    processes agree without talking and a resumed run goes on from the number of the sample alone.
+    """
+
+    def __init__(self, num_items: int, seed: int) -> None:
+        assert num_items > 0
+        self.num_items = num_items
+        self.seed = seed
+        self._epoch = 0
+        self._permutation = self._permute(0)
+
+    def __getitem__(self, n: int) -> int:
+        assert n >= 0
+        epoch, position = divmod(n, self.num_items)
+        if epoch != self._epoch:
+            self._epoch, self._permutation = epoch, self._permute(epoch)
+        return int(self._permutation[position])
+
+    def _permute(self, epoch: int) -> torch.Tensor:
+        digest = hashlib.sha256(f"order {self.seed} {epoch}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return torch.randperm(self.num_items, generator=generator)

@@ -1,0 +1,166 @@
+"""Training by flow matching on clips: of a bidirectional model from nothing, and of a causal one to begin with.
+
+`Pretrain` is the plain objective of Wan (arXiv 2503.20314): predict v = noise - x0 at a random noise level.
+`CausalInit` makes a causal model of a bidirectional one: the same by teacher forcing, every block at its own noise level given the
+clean frames before it; or, with clips that hold a teacher's ODE trajectories, by regression of their end from the
+states at the few denoising steps (CausVid, arXiv 2412.07772). B: samples of this process.
+"""
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longlive.data.clips import LatentSource
+from longlive.data.order import Order
+from longlive.flow import FlowSchedule, add_noise, flow_to_x0
+from longlive.models.attention import AttentionFn
+from longlive.models.dit import WanDiT
+from longlive.models.kv_cache import CacheConfig
+from longlive.rollout import Sampler
+from longlive.training.clock import Clock
+from longlive.training.draw import Draw, derived_seed
+from longlive.training.stage import FillSamples, Loss
+from longlive.training.teacher_forcing import teacher_forced_flow
+
+
+@dataclass(frozen=True)
+class FlowMatchingConfig:
+    """shift: warp of the random timesteps; prompt_dropout: how often a clip is seen without its prompt, which guidance
+    needs."""
+
+    shift: float = 5.0
+    prompt_dropout: float = 0.1
+
+
+class FlowMatching(ABC):
+    """The loss of one network, "generator", on clips from the data."""
+
+    def __init__(
+        self,
+        generator: WanDiT,
+        clips: LatentSource,
+        order: Order,
+        encode_prompts: Callable[[Sequence[str]], Tensor],
+        negative_prompt: str,
+        config: FlowMatchingConfig,
+        clock: Clock,
+    ) -> None:
+        self.generator = generator
+        self.clips = clips
+        self.order = order
+        self.encode_prompts = encode_prompts
+        self.negative_prompt = negative_prompt
+        self.config = config
+        self.clock = clock
+        self.schedule = FlowSchedule(config.shift, clock.device)
+
+    @abstractmethod
+    def _loss(self, x0: Tensor, trajectory: Tensor | None, text: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        """The loss of clips x0 [B, F, C, h, w], with ODE trajectories [B, S, F, C, h, w] or without, and the timesteps
+        it was taken at."""
+
+    def due(self, step: int) -> tuple[str, ...]:
+        return ("generator",)
+
+    def loss(self, network: str, draw: Draw) -> Loss:
+        with self.clock.part("data"):
+            batch = self.clips.batch([self.order[sample] for sample in draw.samples])
+            latents = batch.latents.to(draw.device)
+            trajectory = None if batch.trajectory is None else batch.trajectory.to(draw.device)
+            text = self.encode_prompts(self._prompts(batch.prompts, draw))
+        with self.clock.part("forward"):
+            loss, timesteps = self._loss(latents, trajectory, text, draw)
+        return Loss(loss, {"timestep": timesteps.mean()}, latents.shape[0] * latents.shape[1])
+
+    def _prompts(self, prompts: Sequence[str], draw: Draw) -> list[str]:
+        """The clips' prompts, some of them replaced by the negative one."""
+        shares = [random.Random(derived_seed(draw.seed, "dropout", sample)).random() for sample in draw.samples]
+        drop = self.config.prompt_dropout
+        return [self.negative_prompt if share < drop else text for share, text in zip(shares, prompts, strict=True)]
+
+    def _timesteps(self, draw: Draw, num: int) -> tuple[Tensor, Tensor]:
+        """Random timesteps [B, num] and their noise levels, uniform before the warp."""
+        index = draw.integers(len(self.schedule.sigmas), num)
+        return self.schedule.timesteps[index], self.schedule.sigmas[index]
+
+    def updated(self, network: str) -> None:  # noqa: B027  nothing depends on the weights
+        pass
+
+    def state(self) -> dict[str, Any]:
+        """Nothing outlives a step."""
+        return {"samples": {}, "values": {}}
+
+    def restore(  # noqa: B027  nothing to restore
+        self, values: Mapping[str, Any], batch_size: int, fill: FillSamples | None
+    ) -> None:
+        pass
+
+
+class Pretrain(FlowMatching):
+    """A bidirectional model: one noise level for all frames of a clip."""
+
+    def _loss(self, x0: Tensor, trajectory: Tensor | None, text: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        timesteps, sigma = self._timesteps(draw.of("timestep"), 1)
+        noise = draw.of("noise").normal(*x0.shape[1:])
+        flow = self.generator(add_noise(x0, noise, sigma[..., None, None, None]), timesteps, text)
+        return (flow.float() - (noise - x0)).square().mean(), timesteps
+
+
+class CausalInit(FlowMatching):
+    """A causal model: teacher forcing with the window, sink and blocks of the rollout."""
+
+    def __init__(
+        self,
+        generator: WanDiT,
+        clips: LatentSource,
+        order: Order,
+        encode_prompts: Callable[[Sequence[str]], Tensor],
+        negative_prompt: str,
+        config: FlowMatchingConfig,
+        clock: Clock,
+        cache: CacheConfig,
+        sampler: Sampler,
+        attention: AttentionFn,
+    ) -> None:
+        super().__init__(generator, clips, order, encode_prompts, negative_prompt, config, clock)
+        self.cache = cache
+        self.sampler = sampler
+        self.attention = attention
+
+    def _loss(self, x0: Tensor, trajectory: Tensor | None, text: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        block = self.sampler.config.frames_per_block
+        if trajectory is None:
+            timesteps, sigma = self._timesteps(draw.of("timestep"), x0.shape[1] // block)
+            sigma = sigma.repeat_interleave(block, dim=1)[..., None, None, None]
+            noise = draw.of("noise").normal(*x0.shape[1:])
+            flow = self._flow(add_noise(x0, noise, sigma), x0, timesteps, text)
+            return (flow.float() - (noise - x0)).square().mean(), timesteps
+        steps = draw.of("timestep").integers(len(self.sampler.timesteps), x0.shape[1] // block)
+        timesteps, sigma = (
+            torch.tensor(values, device=draw.device)[steps] for values in (self.sampler.timesteps, self.sampler.sigmas)
+        )
+        frames = steps.repeat_interleave(block, dim=1)[:, None, :, None, None, None]
+        states = trajectory.gather(1, frames.expand(-1, 1, *x0.shape[1:])).squeeze(1)
+        flow = self._flow(states, x0, timesteps, text)
+        predicted = flow_to_x0(flow, states, sigma.repeat_interleave(block, dim=1)[..., None, None, None])
+        return (predicted - x0).square().mean(), timesteps
+
+    def _flow(self, noisy: Tensor, clean: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        """Teacher forcing; timesteps [B, blocks]."""
+        sampler = self.sampler.config
+        return teacher_forced_flow(
+            self.generator,
+            noisy,
+            clean,
+            timesteps.repeat_interleave(sampler.frames_per_block, dim=1),
+            text,
+            self.cache,
+            sampler.frames_per_block,
+            sampler.context_timestep,
+            self.attention,
+        )

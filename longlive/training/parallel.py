@@ -1,0 +1,164 @@
+"""Processes and the weights they share out: process group, device mesh, FSDP2, loading, gathering.
+
+Every trained network is sharded with `fully_shard` on every number of processes, one included: one way through the
+code. Masters are float32; a forward pass gathers a block's weights in the compute type and lets go of them afterwards.
+With hybrid sharding each group of `shard_size` processes (a node) holds one copy, and copies are kept equal.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from longlive.errors import InputError
+from longlive.models.dit import WanDiT
+from longlive.quantize import FLOAT8
+
+TIMEOUT = timedelta(minutes=30)  # the main process may be making videos, or a slow disk be written
+
+
+@dataclass(frozen=True)
+class Group:
+    """All processes of a run. mesh: dimension "shard", with hybrid sharding ("replicate", "shard")."""
+
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process."""
+        return bool(self._reduced(torch.tensor(float(flag)), dist.ReduceOp.MAX))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over all processes."""
+        return self._reduced(values, dist.ReduceOp.SUM) / self.world_size
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        self.any(False)
+
+    def _reduced(self, values: Tensor, op: "dist.ReduceOp.RedOpType") -> Tensor:
+        values = values.to(self.device, copy=True)
+        if self.world_size > 1:
+            dist.all_reduce(values, op)
+        return values
+
+    def by_sample(self, local: Tensor) -> DTensor:
+        """The samples [B, ...] of all processes as one tensor, of which each process holds its own."""
+        return DTensor.from_local(local, self.mesh, [Shard(0)] * self.mesh.ndim, run_check=False)
+
+
+@contextmanager
+def process_group(device: torch.device, shard_size: int | None = None) -> Iterator[Group]:
+    """Join the other processes, whose addresses torchrun's variables tell; a single process needs none of them.
+
+    shard_size: processes that share one copy of the weights, by default all.
+    """
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    where: dict[str, Any] = (
+        {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    )
+    bound = device if device.type == "cuda" else None
+    dist.init_process_group(backend, timeout=TIMEOUT, device_id=bound, **where)
+    try:
+        yield Group(device, make_mesh(device, shard_size or dist.get_world_size()))
+    finally:
+        dist.destroy_process_group()
+
+
+def make_mesh(device: torch.device, shard_size: int) -> DeviceMesh:
+    """One dimension where all processes share one copy of the weights, two where there are several copies."""
+    replicas = dist.get_world_size() // shard_size
+    if replicas == 1:
+        return init_device_mesh(device.type, (shard_size,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (replicas, shard_size), mesh_dim_names=("replicate", "shard"))
+
+
+def shard(model: nn.Module, group: Group, compute_dtype: torch.dtype | None) -> None:
+    """Share out the parameters, block by block, in place. compute_dtype: of forward and backward, by default their own.
+
+    Gradients are averaged over all processes in float32.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    blocks = list(model.blocks) if isinstance(model, WanDiT) else []
+    for module in [*blocks, model]:
+        fully_shard(module, mesh=group.mesh, mp_policy=policy)
+
+
+@torch.no_grad()
+def fill(model: nn.Module, values: Iterable[tuple[str, Tensor]], device: torch.device, source: object) -> None:
+    """Give memory to a model on the meta device, sharded or not, and its parameters their values.
+
+    values: whole tensors by parameter name, such as views of a mapped file: each process reads its own rows alone, one
+    tensor at a time. Raises InputError naming `source` for a value that is NaN or infinite.
+    """
+    model.to_empty(device=device)
+    parameters = dict(model.named_parameters())
+    for name, value in values:
+        parameter = parameters.pop(name)
+        part = local(parameter)
+        part.copy_(own_rows(value, parameter))
+        if part.dtype != FLOAT8 and not torch.isfinite(part).all():
+            raise InputError(f"{source}: NaN or infinite values in {name}")
+    assert not parameters, f"no values for {list(parameters)[:3]}"
+
+
+def own_rows(value: Tensor, parameter: Tensor) -> Tensor:
+    """The part of `value` that this process holds of a parameter of its shape."""
+    if not isinstance(parameter, DTensor):
+        return value
+    dim = next(i for i, placement in enumerate(parameter.placements) if isinstance(placement, Shard))
+    pieces = value.chunk(
+        parameter.device_mesh.size(dim)
+    )  # as FSDP2 divides: the last ranks may have fewer rows or none
+    index = parameter.device_mesh.get_local_rank(dim)
+    return pieces[index] if index < len(pieces) else value[:0]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, gathered from all processes, which must all ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def copy_weights(target: WanDiT, values: Mapping[str, Tensor], lora_scale: float) -> None:
+    """Give a plain model the weights of a trained one: gathered, LoRA merged, in the target's type.
+
+    values: parameters by the trained model's names, with LoRA as peft names them; lora_scale: alpha / rank.
+    """
+    for name, parameter in target.named_parameters():
+        module = name.removesuffix(".weight")
+        down = values.get(f"{module}.lora_A.default.weight") if name.endswith(".weight") else None
+        value = values.get(name)
+        if value is None:
+            value = values[name.replace(f"{name.rpartition('.')[0]}.", f"{name.rpartition('.')[0]}.base_layer.")]
+        merged = whole(value)
+        if down is not None:
+            up = whole(values[f"{module}.lora_B.default.weight"])
+            merged = torch.addmm(merged.float(), up.float(), whole(down).float(), alpha=lora_scale)
+        parameter.copy_(merged)

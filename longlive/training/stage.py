@@ -1,0 +1,41 @@
+"""What the trainer knows of a training method: a stage names its networks and gives their losses."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from longlive.training.draw import Draw
+
+FillSamples = Callable[[dict[str, Tensor]], None]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """value: a scalar with gradient; metrics: scalars worth a curve, without; num_frames: latent frames it took."""
+
+    value: Tensor
+    metrics: Mapping[str, Tensor]
+    num_frames: int
+
+
+class Stage(Protocol):
+    """A training method. It may keep state between steps, and owns none of the weights."""
+
+    def due(self, step: int) -> Sequence[str]:
+        """The networks that step `step` updates, in the order in which their losses are asked for."""
+
+    def loss(self, network: str, draw: Draw) -> Loss:
+        """The loss of one micro-batch for one of its networks, whose gradient is wanted."""
+
+    def updated(self, network: str) -> None:
+        """The trainer has changed a network's weights."""
+
+    def state(self) -> dict[str, Any]:
+        """What must be saved to go on exactly: under "samples" tensors [B, ...] of this process's samples, by name;
+        under "values" plain values, the same on every process."""
+
+    def restore(self, values: Mapping[str, Any], batch_size: int, fill: FillSamples | None) -> None:
+        """Go on from a saved state. fill: puts what was saved into tensors [batch_size, ...] by name, in place; None
+        where it does not fit, as it was saved for another number of samples: what depended on it begins anew."""

@@ -1,0 +1,67 @@
+"""Teacher forcing: one pass in which every block is denoised given the clean frames before it.
+
+The way from a bidirectional to a causal model (CausVid, arXiv 2412.07772; Self-Forcing, arXiv 2506.08009). The clip
+passes through the model twice side by side: clean frames, which see what the cache's clean pass would see, and noisy
+ones, which see their own block and the clean past in the cache's window and sink. So the model is trained on exactly
+what a rollout with a perfect past would show it.
+
+Shapes: F frames of S tokens, clean then noisy: T = 2 F S tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from longlive.models.attention import AttentionFn
+from longlive.models.dit import WanDiT
+from longlive.models.kv_cache import CacheConfig
+
+
+def teacher_forced_flow(
+    model: WanDiT,
+    noisy: Tensor,
+    clean: Tensor,
+    timesteps: Tensor,
+    text: Tensor,
+    cache: CacheConfig,
+    frames_per_block: int,
+    context_timestep: float,
+    attention: AttentionFn,
+) -> Tensor:
+    """The flow of noisy frames [B, F, C, height, width] at timesteps [B, F], given the clean ones of the same shape.
+
+    text [B, L, text_dim]; context_timestep: that of the clean pass; attention: the kernel. Positions are absolute.
+    """
+    num_frames = noisy.shape[1]
+    frames = torch.arange(num_frames, device=noisy.device)
+    flow: Tensor = model(
+        torch.cat([clean, noisy], dim=1),
+        torch.cat([torch.full_like(timesteps, context_timestep), timesteps], dim=1),
+        text,
+        frames=torch.cat([frames, frames]),
+        attention=teacher_forcing(num_frames, frames_per_block, cache, attention),
+    )
+    return flow[:, num_frames:]
+
+
+def teacher_forcing(num_frames: int, frames_per_block: int, cache: CacheConfig, attention: AttentionFn) -> AttentionFn:
+    """Attention over clean and noisy frames: a call for each block, on the keys it sees, and so without any mask."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v [B, H, T, D] -> [B, H, T, D]."""
+        size = q.shape[2] // (2 * num_frames)
+        (clean_k, noisy_k), (clean_v, noisy_v) = k.chunk(2, dim=2), v.chunk(2, dim=2)
+        outs: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for start in range(0, num_frames, frames_per_block):
+            end = start + frames_per_block
+            own = slice(start * size, end * size)
+            sink = slice(0, min(cache.sink_frames, start) * size)
+            newest = slice(min(cache.oldest_seen(end), start) * size, own.start)
+            past_k, past_v = [clean_k[:, :, sink], clean_k[:, :, newest]], [clean_v[:, :, sink], clean_v[:, :, newest]]
+            for out, own_q, own_k, own_v in zip(
+                outs, q.chunk(2, dim=2), (clean_k, noisy_k), (clean_v, noisy_v), strict=True
+            ):
+                keys, values = [*past_k, own_k[:, :, own]], [*past_v, own_v[:, :, own]]
+                out.append(attention(own_q[:, :, own], torch.cat(keys, dim=2), torch.cat(values, dim=2)))
+        return torch.cat([*outs[0], *outs[1]], dim=2)
+
+    return attend

@@ -1,0 +1,332 @@
+"""The training loop: losses of a stage, optimisers, averages, checkpoints, logs. It does not know what a stage does.
+
+Of the random numbers and the order of the data nothing is saved but how many samples have been seen: see `draw`. Every
+process takes the same steps at the same time; what one must tell the others, such as a signal to stop, is agreed upon
+once a step.
+"""
+
+import logging
+import math
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import FSDPModule
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from longlive.training.checkpoint import Checkpoints
+from longlive.training.clock import Clock
+from longlive.training.draw import Draw
+from longlive.training.ema import EMA
+from longlive.training.metrics import Metrics
+from longlive.training.parallel import Group, local, whole
+from longlive.training.stage import Stage
+
+log = logging.getLogger(__name__)
+
+_FROZEN_APART = StateDictOptions(ignore_frozen_params=True)
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient that is NaN or infinite; the message names the tensor."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW. The learning rate rises linearly over `warmup_steps` and falls to `final_lr_ratio` of it at the end of
+    training by a half cosine; a ratio of 1 keeps it. Gradients are clipped to `max_grad_norm`."""
+
+    lr: float
+    betas: tuple[float, float] = (0.0, 0.999)
+    weight_decay: float = 0.01
+    max_grad_norm: float = 10.0
+    warmup_steps: int = 0
+    final_lr_ratio: float = 1.0
+
+    def lr_at(self, step: int, num_steps: int) -> float:
+        """The learning rate of step number `step`, from 0, of `num_steps`."""
+        warmup = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        fall = 0.5 * (1 + math.cos(math.pi * step / num_steps))
+        return self.lr * warmup * (self.final_lr_ratio + (1 - self.final_lr_ratio) * fall)
+
+
+@dataclass(frozen=True)
+class EMAConfig:
+    """decay: of the moving average, 0 = none; before step `start_step` the average is the weights themselves."""
+
+    decay: float = 0.0
+    start_step: int = 0
+
+
+class Network:
+    """What is trained: a sharded module, the optimiser of its trainable parameters, and their average."""
+
+    def __init__(self, module: nn.Module, optimizer: OptimizerConfig, ema: EMAConfig = EMAConfig()) -> None:
+        self.module = module
+        self.config = optimizer
+        self.ema_config = ema
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        is_fused = next(iter(self.parameters.values())).device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=optimizer.lr,
+            betas=optimizer.betas,
+            weight_decay=optimizer.weight_decay,
+            fused=is_fused or None,
+        )
+        self.ema = EMA(self.parameters.values(), ema.decay) if ema.decay else None
+
+    def update(self, step: int, num_steps: int) -> float:
+        """Clip the gradients, change the weights, clear the gradients; returns the gradients' norm before clipping.
+
+        step: number of the step, from 0. Raises NonFiniteError, nothing changed, when the norm is no number.
+        """
+        config = self.config
+        norm = whole(nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)).item()
+        if not math.isfinite(norm):
+            raise NonFiniteError(self._name_non_finite())
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr_at(step, num_steps)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            if step + 1 >= self.ema_config.start_step:
+                self.ema.update(self.parameters.values())
+            else:
+                self.ema.reset(self.parameters.values())
+        return norm
+
+    @property
+    def averaged(self) -> dict[str, Tensor]:
+        """All parameters by name, trainable ones averaged where there is an average."""
+        values: dict[str, Tensor] = dict(self.module.named_parameters())
+        return values if self.ema is None else values | dict(zip(self.parameters, self.ema.shadow, strict=True))
+
+    def state(self) -> dict[str, Any]:
+        """Everything that training changes, sharded as it is."""
+        state: dict[str, Any] = {
+            "weights": {name: parameter.detach() for name, parameter in self.parameters.items()},
+            "optimizer": get_optimizer_state_dict(self.module, self.optimizer, options=_FROZEN_APART),
+        }
+        if self.ema is not None:
+            state["ema"] = dict(zip(self.parameters, self.ema.shadow, strict=True))
+        return state
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what was loaded into `state()`."""
+        set_optimizer_state_dict(self.module, self.optimizer, state["optimizer"], options=_FROZEN_APART)
+
+    def _name_non_finite(self) -> str:
+        bad = [
+            name
+            for name, parameter in self.parameters.items()
+            if parameter.grad is not None and not bool(torch.isfinite(local(parameter.grad)).all())
+        ]
+        return f"gradient of {', '.join(bad[:3]) or 'another process'}"
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """batch_size: samples of a process in a micro-batch; num_rounds: micro-batches in a step; save_interval and
+    sample_interval: in steps, 0 = never, though the last step is always saved."""
+
+    num_steps: int
+    seed: int = 0
+    batch_size: int = 1
+    num_rounds: int = 1
+    save_interval: int = 0
+    sample_interval: int = 0
+
+
+@dataclass
+class Progress:
+    """How far training has come. num_seen: samples drawn so far, by all processes."""
+
+    step: int = 0
+    num_seen: int = 0
+
+
+@dataclass
+class Trainer:
+    """Everything a run needs. sample: makes sample videos after a step, on every process. metrics: on the main one."""
+
+    stage: Stage
+    networks: Mapping[str, Network]
+    config: TrainerConfig
+    group: Group
+    checkpoints: Checkpoints
+    metrics: Metrics | None
+    clock: Clock
+    sample: Callable[[int], None] | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in a micro-batch of all processes."""
+        return self.config.batch_size * self.group.world_size
+
+    def fit(self) -> bool:
+        """Train to the end, or until a signal asks to stop; saves. Returns whether training is complete."""
+        config, progress = self.config, self.progress
+        with (
+            _stop_signals() as stop,
+            logging_redirect_tqdm(),
+            tqdm(total=config.num_steps, initial=progress.step, unit="step", disable=not self.group.is_main) as bar,
+        ):
+            saved = progress.step
+            while progress.step < config.num_steps and not self.group.any(stop.is_asked):
+                values = self._step()
+                progress.step += 1
+                bar.set_postfix({name: f"{values[f'{name}/loss']:.4g}" for name in self.stage.due(progress.step - 1)})
+                bar.update()
+                if self.metrics is not None:
+                    self.metrics.log(progress.step, values)
+                if config.save_interval and progress.step % config.save_interval == 0:
+                    self.save()
+                    saved = progress.step
+                if self.sample is not None and config.sample_interval and progress.step % config.sample_interval == 0:
+                    self.sample(progress.step)
+            if saved != progress.step:
+                self.save()
+            self.checkpoints.wait()
+        return progress.step >= config.num_steps
+
+    def save(self) -> None:
+        """Start saving a checkpoint; training may go on at once."""
+        self.checkpoints.save(self.progress.step, self._state())
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint. With another number of samples a step, what a stage keeps of its samples is lost."""
+        counts: dict[str, Any] = {"progress": self._counts(), "stage": {"values": {}}}
+        keys = self.checkpoints.keys(checkpoint)
+        prefix = "stage.values."
+        counts["stage"]["values"] = {key.removeprefix(prefix): 0 for key in keys if key.startswith(prefix)}
+        self.checkpoints.load(checkpoint, counts)
+        state = {"networks": {name: network.state() for name, network in self.networks.items()}}
+        self.checkpoints.load(checkpoint, state)
+        found = counts["progress"]
+        for name, network in self.networks.items():
+            network.restore(state["networks"][name])
+        self.progress.step, self.progress.num_seen = found["step"], found["num_seen"]
+
+        def fill(samples: dict[str, Tensor]) -> None:
+            self.checkpoints.load(checkpoint, {"stage": {"samples": self._shared(samples)}})
+
+        fits = found["num_samples"] == self.num_samples
+        if not fits:
+            log.warning("The checkpoint is of %d samples a step, now %d.", found["num_samples"], self.num_samples)
+        self.stage.restore(counts["stage"]["values"], self.config.batch_size, fill if fits else None)
+        for name in self.networks:
+            self.stage.updated(name)
+
+    def _step(self) -> dict[str, float]:
+        """One update of every network that is due; what there is to log of it."""
+        due, progress, group = self.stage.due(self.progress.step), self.progress, self.group
+        sums: dict[str, Tensor] = {}
+        num_frames = 0
+        with self.clock.part("step"):
+            for round_number in range(self.config.num_rounds):
+                draw = self._draw()
+                progress.num_seen += self.num_samples
+                for name in due:
+                    module = self.networks[name].module
+                    if isinstance(module, FSDPModule):
+                        module.set_requires_gradient_sync(round_number == self.config.num_rounds - 1)
+                    loss = self.stage.loss(name, draw)
+                    with self.clock.part(f"{name}_backward"):
+                        (loss.value / self.config.num_rounds).backward()
+                    num_frames += loss.num_frames
+                    for key, value in {"loss": loss.value.detach(), **loss.metrics}.items():
+                        label = f"{name}/{key}"
+                        sums[label] = sums.get(label, torch.zeros((), device=group.device)) + value.float()
+            values = self._means(sums)
+            for name in due:
+                values[f"{name}/grad_norm"] = self._update(name, values[f"{name}/loss"])
+        return values | self._speed(num_frames) | {"data/samples": float(progress.num_seen)}
+
+    def _update(self, name: str, loss: float) -> float:
+        network, step = self.networks[name], self.progress.step
+        try:
+            if not math.isfinite(loss):
+                raise NonFiniteError("loss")
+            with self.clock.part("optimizer"):
+                norm = network.update(step, self.config.num_steps)
+        except NonFiniteError as error:
+            last = self.checkpoints.latest()
+            kept = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
+            raise NonFiniteError(f"step {step + 1}: {name}: {error} is NaN or infinite; {kept}") from error
+        self.stage.updated(name)
+        return norm
+
+    def _means(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Means over rounds and processes, in one transfer."""
+        means = self.group.mean(torch.stack(list(sums.values()))) / self.config.num_rounds
+        return dict(zip(sums, means.tolist(), strict=True))
+
+    def _speed(self, num_frames: int) -> dict[str, float]:
+        seconds = self.clock.read()
+        values = {f"time/{name}_s": spent for name, spent in seconds.items()}
+        values["throughput/latents_per_second"] = num_frames * self.group.world_size / seconds["step"]
+        if self.group.device.type == "cuda":
+            values["memory/peak_gb"] = torch.cuda.max_memory_allocated(self.group.device) / 1e9
+        return values
+
+    def _draw(self) -> Draw:
+        config, group = self.config, self.group
+        offset = group.rank * config.batch_size
+        return Draw(config.seed, self.progress.num_seen, self.num_samples, offset, config.batch_size, group.device)
+
+    def _state(self) -> dict[str, Any]:
+        stage = self.stage.state()
+        return {
+            "networks": {name: network.state() for name, network in self.networks.items()},
+            "stage": {"values": stage["values"], "samples": self._shared(stage["samples"])},
+            "progress": self._counts(),
+        }
+
+    def _counts(self) -> dict[str, Any]:
+        return {
+            "step": self.progress.step,
+            "num_seen": self.progress.num_seen,
+            "num_samples": self.num_samples,
+        }
+
+    def _shared(self, samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self.group.by_sample(tensor) for name, tensor in samples.items()}
+
+
+@dataclass
+class _Stop:
+    is_asked: bool = False
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """Turn the first SIGTERM or Ctrl-C into a request to stop; the next one stops at once."""
+    stop = _Stop()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        log.warning("%s: saving after this step, then stopping", signal.Signals(number).name)
+        stop.is_asked = True
+        restore()
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    for number in handlers:
+        signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        restore()

@@ -1,0 +1,111 @@
+"""Training a video VAE for small worlds: network, loss and the statistics that normalise its latents.
+
+Plain functions; the posterior's noise is an argument. Pixels are [B, V, 3, H, W] in [-1, 1], V = 1 + 4k video frames;
+latents are [B, f, z_dim, h, w], f = 1 + k.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from longlive.errors import InputError
+from longlive.models.vae import VAEConfig, WanVAE
+
+# Outside this range a posterior is a point or noise alone; its exponential would leave float32.
+LOG_VARIANCE_RANGE = (-30.0, 20.0)
+
+
+class Autoencoder(nn.Module):
+    """A VAE whose training pass, encode, draw and decode, is one `forward`: FSDP gathers the weights at that call."""
+
+    def __init__(self, vae: WanVAE) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The reconstruction of pixels [B, V, 3, H, W], and the mean and log-variance of the posterior.
+
+        noise: standard normal, of `latent_shape`. Raises InputError for pixels that `WanVAE.encode` does not accept.
+        """
+        mean, log_variance = self.vae.encode_distribution(pixels)
+        log_variance = log_variance.clamp(*LOG_VARIANCE_RANGE)
+        z = mean + (0.5 * log_variance).exp() * noise.to(mean.dtype)
+        return self.vae.decode_unnormalized(z), mean, log_variance
+
+
+def latent_shape(pixels: Tensor, config: VAEConfig) -> tuple[int, int, int, int, int]:
+    """[B, f, z_dim, h, w] of the latents of pixels [B, V, 3, H, W]."""
+    batch, num_video_frames, _channels, height, width = pixels.shape
+    num_frames = 1 + (num_video_frames - 1) // config.temporal_factor
+    return batch, num_frames, config.z_dim, height // config.spatial_factor, width // config.spatial_factor
+
+
+@dataclass(frozen=True)
+class VAELossConfig:
+    """Weights of the loss: mean |error| + mean error² over pixels + `kl_weight` times the mean KL per latent value.
+
+    |error| keeps edges sharp; error² sees the small objects that a median would drop. In worlds of small objects on
+    a plain background `foreground_weight` makes pixels count more that differ by more than `foreground_threshold` (of
+    the range 2) from the median colour of their frame. Raises InputError for values out of range.
+    """
+
+    kl_weight: float = 1e-4
+    foreground_weight: float = 1.0
+    foreground_threshold: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name, least in (("kl_weight", 0), ("foreground_weight", 1), ("foreground_threshold", 0)):
+            if not getattr(self, name) >= least:
+                raise InputError(f"{name} is {getattr(self, name)}, accepted is a number of at least {least}")
+
+
+def vae_loss(
+    pixels: Tensor, reconstruction: Tensor, mean: Tensor, log_variance: Tensor, config: VAELossConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of what `Autoencoder` returned, in float32, and its metrics.
+
+    Metrics, detached: "reconstruction" (the weighted mean of |error| + error²), "psnr_db" of the unweighted, clamped
+    pixels over the whole batch, "kl" in nats per latent value.
+    """
+    pixels, reconstruction = pixels.float(), reconstruction.float()
+    mean, log_variance = mean.float(), log_variance.float()
+    error = (reconstruction - pixels).abs()
+    weights = pixel_weights(pixels, config)
+    reconstruction_error = (weights * (error + error.square())).mean()
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    with torch.no_grad():
+        squared_error = (reconstruction.clamp(-1, 1) - pixels).square().mean()
+        psnr_db = 10 * torch.log10(4 / squared_error)  # the range of the pixels is 2
+    metrics = {"reconstruction": reconstruction_error.detach(), "psnr_db": psnr_db, "kl": kl.detach()}
+    return reconstruction_error + config.kl_weight * kl, metrics
+
+
+def pixel_weights(pixels: Tensor, config: VAELossConfig) -> Tensor:
+    """[B, V, 1, H, W] with mean 1 over each clip: `foreground_weight` : 1 for foreground and background."""
+    background = pixels.flatten(3).median(dim=3).values[..., None, None]
+    is_foreground = (pixels - background).abs().amax(dim=2, keepdim=True) > config.foreground_threshold
+    weights = 1 + (config.foreground_weight - 1) * is_foreground.to(pixels.dtype)
+    return weights / weights.mean(dim=(1, 2, 3, 4), keepdim=True)
+
+
+@torch.no_grad()
+def with_latent_statistics(vae: WanVAE, batches: Iterable[Tensor]) -> VAEConfig:
+    """The config of a trained VAE with the statistics of its latents over batches of pixels [B, V, 3, H, W].
+
+    Per channel mean and standard deviation of draws from the posterior, so the variance is E[log_variance.exp()] +
+    Var[mean]: a channel that carries nothing keeps deviation 1 and stays near 0 when encoded, where the deviation of
+    its mean alone would amplify what is noise. `WanVAE(config)` with the same weights then normalises.
+    """
+    count = torch.zeros((), dtype=torch.float64)
+    first, second = (torch.zeros(vae.config.z_dim, dtype=torch.float64) for _ in range(2))
+    for pixels in batches:
+        mean, log_variance = (tensor.double() for tensor in vae.encode_distribution(pixels))
+        variance = log_variance.clamp(*LOG_VARIANCE_RANGE).exp()
+        count += mean.numel() // mean.shape[2]
+        first += mean.sum(dim=(0, 1, 3, 4)).cpu()
+        second += (mean.square() + variance).sum(dim=(0, 1, 3, 4)).cpu()
+    means = first / count
+    deviations = (second / count - means.square()).sqrt()
+    return replace(vae.config, latents_mean=tuple(means.tolist()), latents_std=tuple(deviations.tolist()))
