@@ -68,12 +68,14 @@ class BlockTraining:
     None: all passes are the rollout's own, without; it may hold its weights elsewhere, shared out or in another type.
     prompt_embeds [B, L, text_dim]: what it is given as prompt, whose projections have a gradient too. context_noise:
     noise of the block's shape, added at the level of the context timestep to what enters the cache, or None.
+    is_last: nothing will follow that could see the block, so it need not enter the cache.
     """
 
     exit_step: int
     trained: WanDiT | None = None
     prompt_embeds: Tensor | None = None
     context_noise: Tensor | None = None
+    is_last: bool = False
 
 
 def denoise_block(
@@ -107,6 +109,8 @@ def denoise_block(
             with torch.no_grad():
                 flow = model(xt, timesteps, text, cache=cache, plan=first_plan if step == 0 else plan)
         x0 = flow_to_x0(flow, xt, sigma)
+    if training is not None and training.is_last:
+        return x0
     with torch.no_grad():
         context = x0
         if training is not None and training.context_noise is not None:

@@ -23,6 +23,7 @@ class RollPlan:
     sink_recache: bool
     is_recompute: bool
     sink_shift: int = 0
+    past: None = None
 
 
 class RollCache:

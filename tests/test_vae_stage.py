@@ -85,6 +85,16 @@ def test_a_stream_may_go_on_after_one_pass(coder: str) -> None:
     torch.testing.assert_close(whole, past, atol=1e-5, rtol=1e-5)
 
 
+def test_what_is_decoded_is_a_draw_from_the_posterior() -> None:
+    autoencoder = Autoencoder(WanVAE(TWO_LEVELS)).requires_grad_(False)
+    randomize(autoencoder, std=0.2)
+    pixels = toy_clips()
+    noise = torch.randn(latent_shape(pixels, TWO_LEVELS))
+    reconstruction, mean, log_variance = autoencoder(pixels, noise)
+    z = mean + log_variance.exp().sqrt() * noise
+    torch.testing.assert_close(reconstruction, autoencoder.vae.decode_unnormalized(z), atol=1e-4, rtol=1e-4)
+
+
 def test_bad_clips_are_refused() -> None:
     vae = WanVAE(TWO_LEVELS)
     with pytest.raises(InputError, match="4 video frames"):
@@ -109,22 +119,19 @@ def test_gradient_flows_to_every_parameter(config: VAEConfig) -> None:
 
 
 def test_learns_a_toy_clip() -> None:
-    torch.manual_seed(0)
     autoencoder = Autoencoder(WanVAE(TWO_LEVELS))
     optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=3e-3)
     pixels, config = toy_clips(), VAELossConfig(foreground_weight=5.0)
-    losses, psnr_db = [], []
-    for _ in range(60):
+    losses = []
+    for _ in range(100):
         noise = torch.randn(latent_shape(pixels, TWO_LEVELS))
-        loss, metrics = vae_loss(pixels, *autoencoder(pixels, noise), config)
+        loss, _ = vae_loss(pixels, *autoencoder(pixels, noise), config)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        psnr_db.append(metrics["psnr_db"].item())
-    assert sum(losses[-5:]) / 5 < 0.25 * losses[0]
-    # A constant picture, the best without looking, has 10 log10(4 / 0.04) = 20 dB here.
-    assert sum(psnr_db[-5:]) / 5 > 24
+    _, plain = vae_loss(pixels, torch.full_like(pixels, -0.5), *torch.zeros(2, 1), config)
+    assert sum(losses[-10:]) / 10 < 0.6 * plain["reconstruction"]  # the squares are seen, not the background alone
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
@@ -164,9 +171,7 @@ def test_foreground_counts_more() -> None:
     torch.testing.assert_close(background, background[0].expand_as(background))
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("kl_weight", -1e-6), ("kl_weight", math.nan), ("foreground_weight", 0.5)]
-)
+@pytest.mark.parametrize(("name", "value"), [("kl_weight", -1e-6), ("kl_weight", math.nan), ("foreground_weight", 0.5)])
 def test_bad_weights_are_refused(name: str, value: float) -> None:
     with pytest.raises(InputError, match=f"{name} is {value}"):
         VAELossConfig(**{name: value})

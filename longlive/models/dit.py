@@ -102,7 +102,9 @@ _ATTENTION_OPS = {
 
 
 def _keep_attention(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _ATTENTION_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+    """Keep self-attention: with no fewer keys than queries it is worth it, which a short prompt's is not."""
+    is_kept = op in _ATTENTION_OPS and args[1].shape[2] >= args[0].shape[2]
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,9 @@ class WanDiT(nn.Module):
         another self-attention for this pass. Returns [B, F, C, height, width] in the model's type.
         """
         x, time, embedded, context = self._embed(latents, timesteps, cache, plan, frames, attention)
-        past = [None] * len(self.blocks) if cache is None else cache.layers
+        past: Sequence[LayerCache | None] = [None] * len(self.blocks) if cache is None else cache.layers
+        if cache is not None and plan is not None and plan.past is not None:
+            past = [layer.for_gradient() for layer in cache.layers]
         for block, layer_text, layer_past in zip(self.blocks, self._text_layers(text), past, strict=True):
             x = block(x, time, layer_text, layer_past, context)
         return self._unpatchify(self.head(x, embedded), latents)

@@ -87,6 +87,13 @@ class LayerCache:
     v: Tensor
     sink_k: Tensor
 
+    def for_gradient(self) -> "LayerCache":
+        """The same memory for a pass with gradient, whose backward pass may read it again after others have written.
+
+        What it reads is still there, see `KVCache.plan_gradient`; autograd cannot know, and is not told of the writes.
+        """
+        return LayerCache(self.k.data, self.v.data, self.sink_k.data)
+
     def update(self, raw_k: Tensor, k: Tensor, v: Tensor, plan: CachePlan) -> tuple[Tensor, Tensor]:
         """Store a pass's keys (unrotated, rotated) and values [B, H, tokens, D]; all it sees: [B, H, keys, D]."""
         if plan.past is not None:

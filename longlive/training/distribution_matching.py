@@ -147,11 +147,12 @@ class DistributionMatching(ABC):
         """A new video, in the memory of the last one.
 
         The past of a pass with gradient is read again in the backward pass, when all frames of the clip have been made:
-        the cache must hold them besides the window.
+        the cache must hold them besides what the clip's first block sees of the past.
         """
         if self._cache is None:
             window, (_, height, width) = self.config.cache.window_frames, self.config.latent_shape
-            frames = self._longest() if window == -1 else window + self.config.num_frames
+            past = window - self.sampler.config.frames_per_block
+            frames = self._longest() if window == -1 else past + self.config.num_frames
             self._cache = self.players.rollout.new_cache(self.config.cache, batch_size, height, width, frames)
         self._cache.zero_()
         return Rollout(self.players.rollout, self.sampler, self._cache, self.config.policy)
@@ -165,7 +166,8 @@ class SelfForcing(DistributionMatching):
         text = self.players.encode_prompts([self.prompts[item][0] for item in items])
         with self.clock.part("rollout"):
             sequence = StreamingSequence(self._new_rollout(draw.batch_size), [text], trained=self.players.generator)
-            new = sequence.generate(self._chunk_noise(draw, self.config.num_frames), 0 if has_gradient else None)
+            noise = self._chunk_noise(draw, self.config.num_frames)
+            new = sequence.generate(noise, 0 if has_gradient else None, is_last=True)
         return make_clip(self.players.vae, None, new, self.config.num_frames), text
 
     def state(self) -> dict[str, Any]:

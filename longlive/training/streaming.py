@@ -67,10 +67,10 @@ class StreamingSequence:
         """The prompt of the newest frames: the one a loss on them takes."""
         return self.prompts[self.switch_frame is not None and self.num_frames > self.switch_frame]
 
-    def generate(self, chunk: ChunkNoise, gradient_from_frame: int | None = 0) -> Tensor:
+    def generate(self, chunk: ChunkNoise, gradient_from_frame: int | None = 0, is_last: bool = False) -> Tensor:
         """Make the next frames [B, F, C, height, width], with gradient from `gradient_from_frame` of the chunk on.
 
-        In a chunk that contains the switch only the blocks after it have a gradient.
+        In a chunk that contains the switch only the blocks after it have a gradient. is_last: the sequence ends here.
         """
         rollout, num = self.rollout, self.rollout.sampler.config.frames_per_block
         first, end = self.num_frames, self.num_frames + chunk.noise.shape[1]
@@ -93,6 +93,7 @@ class StreamingSequence:
                 trained=self.trained if has_gradient else None,
                 prompt_embeds=prompt,
                 context_noise=None if chunk.context is None else chunk.context[:, span],
+                is_last=is_last and first + offset + num == end,
             )
             fresh = [noise[:, span] for noise in chunk.renoise]
             blocks.append(rollout.next_block(chunk.noise[:, span], fresh.__getitem__, training))
