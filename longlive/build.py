@@ -198,7 +198,7 @@ def find_wan_folder(wan_folder: str, name: str) -> Path:
 
 def weight_files(config: InferenceConfig) -> list[Path]:
     """The files that the models come from; raises InputError for one that is not there."""
-    named = {"generator_ckpt": config.generator_ckpt, "lora_ckpt": config.lora_ckpt}
+    named = {key: getattr(config, key) for key in ("generator_ckpt", "lora_ckpt", "vae_ckpt")}
     if config.model_name != BUILTIN:
         named["wan"] = str(wan_path(config))
     files = {name: Path(path) for name, path in named.items() if path is not None}
@@ -212,8 +212,7 @@ def weight_files(config: InferenceConfig) -> list[Path]:
         found += wan_files(files["wan"], (VAE, TEXT_ENCODER) if "generator_ckpt" in files else PARTS.values())
     if "generator_ckpt" in files:
         found.append(find_weights(DIT, files["generator_ckpt"]))
-    if "lora_ckpt" in files:
-        found.append(files["lora_ckpt"])
+    found += [files[name] for name in ("lora_ckpt", "vae_ckpt") if name in files]
     return found
 
 
@@ -223,7 +222,7 @@ def load_models(config: InferenceConfig, device: torch.device) -> Models:
     folder = None if config.model_name == BUILTIN else wan_path(config)
     log.info("loading %s", folder or "the built-in model")
     generator = load_generator(config, device, dtype)
-    vae, encoder = read_vae_and_encoder(folder, generator.config.text_len, dtype)
+    vae, encoder = read_vae_and_encoder(folder, generator.config.text_len, dtype, config.vae_ckpt)
     return assemble(config, generator, vae, encoder, device, dtype)
 
 
@@ -259,18 +258,23 @@ def builtin_modules() -> tuple[WanDiT, WanVAE, TextEncoder]:
         return WanDiT(PRESETS[BUILTIN]), WanVAE(BUILTIN_VAE), TextEncoder(TextEncoderConfig.tiny(), byte_tokens)
 
 
-def read_vae_and_encoder(folder: Path | None, text_len: int, dtype: torch.dtype) -> tuple[WanVAE, TextEncoder]:
+def read_vae_and_encoder(
+    folder: Path | None, text_len: int, dtype: torch.dtype, vae_ckpt: str | None = None
+) -> tuple[WanVAE, TextEncoder]:
     """VAE in `dtype` and text encoder in bfloat16, on the CPU, from a Wan folder, or from None the built-in ones.
 
-    text_len: tokens of a prompt. Raises InputError for files that do not fit.
+    text_len: tokens of a prompt; vae_ckpt: a file with the VAE instead. Raises InputError for files that do not fit.
     """
+    _, vae, encoder = builtin_modules()
+    vae_source = vae_ckpt or folder
+    if vae_source is not None:
+        vae_config, vae_state = read_vae(vae_source)
+        with torch.device("meta"):
+            vae = WanVAE(vae_config)
+        check_finite(vae_state, vae_source)
+        load_into(vae, vae_state, vae_source, dtype)
     if folder is None:
-        return builtin_modules()[1:]
-    vae_config, vae_state = read_vae(folder)
-    with torch.device("meta"):
-        vae = WanVAE(vae_config)
-    check_finite(vae_state, folder)
-    load_into(vae, vae_state, folder, dtype)
+        return vae, encoder
     text_config, text_state, tokenizer = read_text_encoder(folder)
     with torch.device("meta"):
         encoder = TextEncoder(replace(text_config, text_len=text_len), load_tokenizer(tokenizer))

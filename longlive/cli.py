@@ -1,7 +1,8 @@
-"""The command line: `python -m longlive inference | interactive | train | export | plot | convert`.
+"""The command line: `python -m longlive inference | interactive | train | clips | export | plot | convert`.
 
-Mistakes of the user end in one line on stderr and exit code 2, Ctrl-C in 130; anything else is a bug and keeps its
-traceback. Heavy modules are imported by the command that needs them, so that `--help` is quick.
+Mistakes of the user end in one line on stderr and exit code 2, a training run that broke in one line and 1, Ctrl-C in
+130; anything else is a bug and keeps its traceback. A training run that was asked to stop, by SIGTERM or by Ctrl-C, has
+saved and ends with 0. Heavy modules are imported by the command that needs them, so that `--help` is quick.
 """
 
 import argparse
@@ -10,13 +11,15 @@ import logging
 import os
 import sys
 import textwrap
+import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import longlive
 from longlive.config import PATH_RULE, ROOT, InferenceConfig, Section, config_keys, load_config
-from longlive.distributed import is_main
+from longlive.distributed import is_main, world_size
 from longlive.errors import InputError
 
 USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
@@ -26,6 +29,14 @@ MEMORY_SIGNS = (
     "STATUS_ALLOC_FAILED",
 )  # as CUDA, the CPU and libraries say it
 OUT_OF_MEMORY = "out of memory; try low_memory=true, batch_size=1, or a smaller height and width"
+TRAINING_OUT_OF_MEMORY = (
+    "out of memory; try batch_size=1, activation_checkpointing=full, teacher_precision=fp8, low_memory=true, "
+    "adapter.type=lora, or more GPUs"
+)
+
+
+class BrokenRunError(Exception):
+    """A run that cannot go on, though nothing in its settings is wrong: one line and exit code 1."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,8 +68,10 @@ def exit_code(command: Callable[[], None]) -> int:
         finally:
             _flush_stdout()
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on at the first video that is not complete\n")
+        sys.stderr.write("interrupted; the same command goes on from what is complete\n")
         return 130
+    except BrokenRunError as error:
+        return _fail(str(error), 1)
     except InputError as error:
         return _fail(str(error))
     except OSError as error:
@@ -66,17 +79,46 @@ def exit_code(command: Callable[[], None]) -> int:
             raise
         return _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror))
     except RuntimeError as error:
-        import torch
-
-        if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in MEMORY_SIGNS):
+        if not _is_out_of_memory(error):
             raise
         return _fail(OUT_OF_MEMORY)
     return 0
 
 
-def _fail(message: str) -> int:
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in MEMORY_SIGNS)
+
+
+def _fail(message: str, code: int = 2) -> int:
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
-    return 2
+    return code
+
+
+def _as_one_of_many(command: Callable[[], None]) -> None:
+    """Run the command of a process that works with others; where it fails, end the process at once.
+
+    A normal exit would wait for threads that wait for the other processes. When one process fails, whatever started
+    them (torchrun, scripts/launch.sh) ends the others. So each waits a moment before it speaks: the main process in
+    case it failed only because another did, the others longer, since where all fail alike the main one speaks for all.
+    """
+
+    def patient() -> None:
+        try:
+            command()
+        except (Exception, KeyboardInterrupt):
+            time.sleep(0.5 if is_main() else 2)
+            raise
+
+    try:
+        code = exit_code(patient)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code:
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _flush_stdout() -> None:
@@ -116,14 +158,41 @@ def _interactive(argv: Sequence[str]) -> None:
 
 def _train(argv: Sequence[str]) -> None:
     """train a generator: stage by stage, resuming where it stopped"""
+    if world_size() > 1:
+        _as_one_of_many(lambda: _run_train(argv))
+    else:
+        _run_train(argv)
+
+
+def _run_train(argv: Sequence[str]) -> None:
     from longlive.train_config import TrainConfig, load_train_config
 
     parser = _Parser("train", f"{_train.__doc__}.", _describe_keys(TrainConfig))
     config = load_train_config(*_config_arguments(parser, argv, "longlive_train_init.yaml"))
 
     from longlive.train import run_training
+    from longlive.training.trainer import NonFiniteError
 
-    run_training(config)
+    try:
+        run_training(config)
+    except NonFiniteError as error:
+        raise BrokenRunError(str(error)) from error
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise InputError(TRAINING_OUT_OF_MEMORY) from error
+
+
+def _clips(argv: Sequence[str]) -> None:
+    """make clips to train on: videos encoded, or samples of a teacher with their ODE states"""
+    from longlive.clips_config import ClipsConfig
+
+    parser = _Parser("clips", f"{_clips.__doc__}.", _describe_keys(ClipsConfig))
+    config, _ = load_config(ClipsConfig, *_config_arguments(parser, argv, "longlive_clips.yaml"))
+
+    from longlive.make_clips import make_clips
+
+    make_clips(config)
 
 
 def _export(argv: Sequence[str]) -> None:
@@ -163,6 +232,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "inference": _inference,
     "interactive": _interactive,
     "train": _train,
+    "clips": _clips,
     "export": _export,
     "plot": _plot,
     "convert": _convert,

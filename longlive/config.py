@@ -195,6 +195,7 @@ class InferenceConfig(Section):
     wan_folder: str = setting("wan_models", "folder of the Wan models", path=True)
     generator_ckpt: str | None = setting(None, "generator weights; null = those of the Wan model", path=True)
     lora_ckpt: str | None = setting(None, "LoRA weights on top; null = none", path=True)
+    vae_ckpt: str | None = setting(None, "VAE weights; null = those of the Wan model", path=True)
     merge_lora: bool = setting(True, "add the LoRA to the weights at load: faster, same video up to rounding")
     use_ema: bool = setting(False, "take the averaged weights (generator_ema) from generator_ckpt")
     adapter: AdapterSettings = AdapterSettings()

@@ -4,7 +4,7 @@ Layer 4. What a user may have got wrong is checked before any GPU memory is take
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,19 +23,21 @@ from longlive.build import (
     read_vae_and_encoder,
 )
 from longlive.config import to_dict, to_yaml
-from longlive.data.clips import LatentClips
+from longlive.data.clips import LatentClips, PixelClips
 from longlive.data.order import Order
 from longlive.data.prompts import read_pairs, read_prompts
 from longlive.distributed import local_world_size, world_size
 from longlive.errors import InputError
+from longlive.inference.session import Models, SessionConfig
 from longlive.inference.video import check_writable
 from longlive.models.attention import select_attention
-from longlive.models.dit import PRESETS, WanDiT
+from longlive.models.dit import PRESETS, DiTConfig, WanDiT, init_weights
 from longlive.models.kv_cache import CacheConfig
 from longlive.models.text_encoder import TextEncoder
-from longlive.models.vae import WanVAE
+from longlive.models.vae import VAEConfig, WanVAE
 from longlive.rollout import Sampler, SamplerConfig, SwitchPolicy
-from longlive.train_config import DISTRIBUTION_MATCHING, TrainConfig, load_train_config
+from longlive.train_config import CAUSAL, DISTRIBUTION_MATCHING, TrainConfig, load_train_config
+from longlive.train_samples import SampleVideos
 from longlive.training.checkpoint import Checkpoints, check_identity, find_latest
 from longlive.training.clock import Clock
 from longlive.training.distribution_matching import (
@@ -47,7 +49,8 @@ from longlive.training.distribution_matching import (
     StreamingConfig,
 )
 from longlive.training.dmd import DMD, DMDConfig, Score
-from longlive.training.export import CRITIC, GENERATOR, export
+from longlive.training.draw import derived_seed
+from longlive.training.export import CRITIC, GENERATOR, export, export_vae
 from longlive.training.flow_matching import CausalInit, FlowMatchingConfig, Pretrain
 from longlive.training.metrics import Metrics, check_trackers
 from longlive.training.networks import (
@@ -59,15 +62,20 @@ from longlive.training.networks import (
     make_rollout_copy,
     make_trained,
 )
-from longlive.training.parallel import Group, process_group
+from longlive.training.parallel import Group, process_group, shard
 from longlive.training.sequence_parallel import SequenceParallel, share_frames
 from longlive.training.stage import Stage
 from longlive.training.trainer import EMAConfig, Network, OptimizerConfig, Trainer, TrainerConfig
+from longlive.training.vae_stage import Autoencoder, VAELossConfig, VAETraining
 from longlive.weights.files import atomic_file, write_json
 from longlive.weights.formats import read_dit, read_generator
 from longlive.weights.lora import Lora, check_rank, check_targets, read_lora
 
 log = logging.getLogger(__name__)
+
+
+VAE_FILE = "vae.safetensors"
+NUM_STATISTICS_CLIPS = 256
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,16 @@ class Inputs:
     clips: LatentClips | None
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a stage trains, read and checked. identity: the settings that its checkpoints share; make_trainer: puts the
+    models on the device; export: writes the weights of a checkpoint into the run's folder and returns the files."""
+
+    identity: dict[str, Any]
+    make_trainer: Callable[[Group, Checkpoints], Trainer]
+    export: Callable[[Path], list[Path]]
+
+
 def run_training(config: TrainConfig) -> bool:
     """Train as a configuration says, from the newest checkpoint where there is one, and export the weights.
 
@@ -93,37 +111,67 @@ def run_training(config: TrainConfig) -> bool:
     """
     check_processes(config)
     check_trackers(config.tensorboard, config.wandb_project)
-    inputs = read_inputs(config)
-    identity = run_identity(config, inputs)
+    job = read_job(config)
     folder = Path(config.logdir)
     latest = find_latest(folder / "checkpoints")
     if latest is not None:
-        check_identity(latest, identity)
+        check_identity(latest, job.identity)
     check_writable(folder)
     device = choose_device(config.device)
     shard_size = local_world_size() if config.sharding_strategy == "hybrid_full" else None
     with process_group(device, shard_size) as group:
-        checkpoints = Checkpoints(folder / "checkpoints", config.max_checkpoints, identity)
-        encode_prompts = place_encoder(inputs.encoder, device, config.low_memory)
-        trainer = make_trainer(config, inputs, encode_prompts, group, checkpoints)
+        checkpoints = Checkpoints(folder / "checkpoints", config.max_checkpoints, job.identity)
+        trainer = job.make_trainer(group, checkpoints)
         if latest is not None:
             trainer.resume(latest)
             log.info("going on after step %d of %d, from %s", trainer.progress.step, config.max_iters, latest)
         if group.is_main:
-            write_json(folder / "config.json", to_dict(config))
-            trainer.metrics = Metrics(
-                folder,
-                tensorboard=config.tensorboard,
-                wandb_project=config.wandb_project,
-                config=to_dict(config),
-                start_step=trainer.progress.step,
-            )
+            trainer.metrics = open_metrics(config, trainer.progress.step)
         is_complete = trainer.fit()
+        latest = checkpoints.latest()
         checkpoints.close()
-        if group.is_main and is_complete:
-            export_run(config, inputs.generator, inputs.critic)
+        if group.is_main and is_complete and latest is not None:
+            export_checkpoint(config, job, latest)
         group.barrier()
     return is_complete
+
+
+def export_folder(folder: Path, checkpoint: Path | None) -> None:
+    """Write the weights of a checkpoint of the run in `folder`, by default the newest. Raises InputError."""
+    config = replace(load_train_config(folder / "config.json"), logdir=str(folder.absolute()))
+    checkpoint = checkpoint or find_latest(folder / "checkpoints")
+    if checkpoint is None:
+        raise InputError(f"{folder}: holds no checkpoint yet")
+    export_checkpoint(config, read_job(config), checkpoint)
+
+
+def read_job(config: TrainConfig) -> Job:
+    """Read and check what a stage needs. Raises InputError."""
+    return vae_job(config) if config.stage == "vae" else generator_job(config)
+
+
+def open_metrics(config: TrainConfig, start_step: int) -> Metrics:
+    """The run's log, and its configuration beside it."""
+    folder = Path(config.logdir)
+    write_json(folder / "config.json", to_dict(config))
+    return Metrics(
+        folder,
+        tensorboard=config.tensorboard,
+        wandb_project=config.wandb_project,
+        config=to_dict(config),
+        start_step=start_step,
+    )
+
+
+def export_checkpoint(config: TrainConfig, job: Job, checkpoint: Path) -> None:
+    """Write the weights of a checkpoint and, of a causal model, a configuration that generates with them."""
+    for path in job.export(checkpoint):
+        log.info("wrote %s", path)
+    if config.stage in CAUSAL:
+        path = Path(config.logdir) / "inference.yaml"
+        with atomic_file(path) as file:
+            file.write(to_yaml(inference_settings(config)).encode())
+        log.info("see what it has learnt: bash inference.sh --config_path %s", path)
 
 
 def check_processes(config: TrainConfig) -> None:
@@ -138,6 +186,35 @@ def check_processes(config: TrainConfig) -> None:
     if total % size:
         raise InputError(f"teacher_sequence_parallel={size}: does not divide the {total} processes")
     share_frames(config.clip_frames, size)
+
+
+def inference_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings, other than defaults, that generate with the weights of a run as it was trained."""
+    same = (
+        *("model_name", "wan_folder", "vae_ckpt", "height", "width", "fps", "num_frame_per_block"),
+        *("warp_denoising_step", "context_noise", "global_sink"),
+    )
+    return {key: getattr(config, key) for key in same} | {
+        "generator_ckpt": str(Path(config.logdir) / GENERATOR),
+        "lora_ckpt": None,
+        "denoising_step_list": list(config.denoising_step_list),
+        "model_kwargs": asdict(config.model_kwargs),
+        "output_folder": str(Path(config.logdir) / "videos"),
+    }
+
+
+def generator_job(config: TrainConfig) -> Job:
+    """All stages but that of the VAE."""
+    inputs = read_inputs(config)
+
+    def make(group: Group, checkpoints: Checkpoints) -> Trainer:
+        encode_prompts = place_encoder(inputs.encoder, group.device, config.low_memory)
+        return make_trainer(config, inputs, encode_prompts, group, checkpoints)
+
+    def write(checkpoint: Path) -> list[Path]:
+        return export(checkpoint, Path(config.logdir), inputs.generator, inputs.critic, config.adapter.alpha)
+
+    return Job(run_identity(config, inputs), make, write)
 
 
 def run_identity(config: TrainConfig, inputs: Inputs) -> dict[str, Any]:
@@ -156,36 +233,34 @@ def run_identity(config: TrainConfig, inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def export_run(config: TrainConfig, generator: Weights, critic: Weights | None, checkpoint: Path | None = None) -> None:
-    """Write the weights of a checkpoint, by default the newest, and a configuration that generates with them.
+def vae_job(config: TrainConfig) -> Job:
+    """The stage of the VAE."""
+    assert config.clips_path is not None
+    vae_config = VAEConfig(base_dim=config.vae_base_dim, z_dim=config.vae_z_dim)
+    num_video_frames = 1 + vae_config.temporal_factor * (config.num_training_frames - 1)
+    clips = PixelClips(config.clips_path, config.height, config.width, num_video_frames, config.fps)
+    order = Order(len(clips), config.seed)
 
-    generator, critic: what the run began with.
-    """
-    folder = Path(config.logdir)
-    checkpoint = checkpoint or find_latest(folder / "checkpoints")
-    if checkpoint is None:
-        raise InputError(f"{folder}: holds no checkpoint yet")
-    for path in export(checkpoint, folder, generator, critic, config.adapter.alpha):
-        log.info("wrote %s", path)
-    path = folder / "inference.yaml"
-    with atomic_file(path) as file:
-        file.write(to_yaml(inference_settings(config)).encode())
-    log.info("see what it has learnt: bash inference.sh --config_path %s", path)
+    def make(group: Group, checkpoints: Checkpoints) -> Trainer:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derived_seed(config.seed, "weights"))
+            autoencoder = Autoencoder(WanVAE(vae_config)).to(group.device)
+        shard(autoencoder, group, None if group.device.type == "cpu" else torch.bfloat16)
+        loss = VAELossConfig(config.kl_weight, config.foreground_weight)
+        clock = Clock(group.device)
+        stage = VAETraining(autoencoder, vae_config, clips, order, loss, clock)
+        networks = {"vae": Network(autoencoder, optimizer_config(config), ema_config(config))}
+        return Trainer(stage, networks, trainer_config(config, group), group, checkpoints, None, clock)
 
+    def write(checkpoint: Path) -> list[Path]:
+        path = Path(config.logdir) / VAE_FILE
+        items = [[order[i]] for i in range(min(len(clips), NUM_STATISTICS_CLIPS))]
+        export_vae(checkpoint, path, vae_config, map(clips.pixels, items))
+        return [path]
 
-def inference_settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings, other than defaults, that generate with the weights of a run as it was trained."""
-    same = (
-        *("model_name", "wan_folder", "height", "width", "fps", "num_frame_per_block", "warp_denoising_step"),
-        *("context_noise", "global_sink"),
-    )
-    return {key: getattr(config, key) for key in same} | {
-        "generator_ckpt": str(Path(config.logdir) / GENERATOR),
-        "lora_ckpt": None,
-        "denoising_step_list": list(config.denoising_step_list),
-        "model_kwargs": asdict(config.model_kwargs),
-        "output_folder": str(Path(config.logdir) / "videos"),
-    }
+    sizes = {"vae": asdict(vae_config), "frames": config.num_training_frames}
+    size = {"height": config.height, "width": config.width}
+    return Job({"stage": config.stage, "seed": config.seed, "ema": config.ema_weight > 0, **sizes, **size}, make, write)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -194,7 +269,14 @@ def inference_settings(config: TrainConfig) -> dict[str, Any]:
 def read_inputs(config: TrainConfig) -> Inputs:
     """Read what a run needs. Raises InputError for what is missing, does not fit or cannot be read."""
     prompts, clips = read_data(config)
-    generator = read_start(config)
+    start = None if config.preset else read_start(config)
+    vae, encoder = read_vae_and_encoder(
+        None if config.model_name == BUILTIN else existing_folder(config, config.model_name, "model_name"),
+        DiTConfig().text_len if start is None else start.config.text_len,
+        torch.float32,
+        config.vae_ckpt,
+    )
+    generator = start or random_weights(config, vae, encoder)
     is_matching = config.stage in DISTRIBUTION_MATCHING
     critic = read_critic(config) if is_matching else None
     teacher = read_network(config, config.real_ckpt, config.real_name, "real_name") if is_matching else None
@@ -206,11 +288,6 @@ def read_inputs(config: TrainConfig) -> Inputs:
         lora = read_lora(config.lora_ckpt)
         check_rank(lora, config.adapter.rank, config.lora_ckpt)
         check_targets(lora, generator.state, config.lora_ckpt)
-    vae, encoder = read_vae_and_encoder(
-        None if config.model_name == BUILTIN else existing_folder(config, config.model_name, "model_name"),
-        generator.config.text_len,
-        torch.float32,
-    )
     if clips is not None:
         check_clips(config, clips, vae)
     return Inputs(generator, critic, teacher, lora, critic_lora, vae, encoder, prompts, clips)
@@ -250,6 +327,24 @@ def read_start(config: TrainConfig) -> Weights:
             )
         return read_network(config, str(exported), config.model_name, "model_name")
     return read_network(config, None, config.model_name, "model_name")
+
+
+def random_weights(config: TrainConfig, vae: WanVAE, encoder: TextEncoder) -> Weights:
+    """Fresh weights of the sizes that `preset` names, for the latents and prompts of VAE and text encoder."""
+    assert config.preset is not None
+    channels, text = vae.config.z_dim, encoder.config
+    dit_config = replace(
+        PRESETS[config.preset],
+        in_channels=channels,
+        out_channels=channels,
+        text_dim=text.dim,
+        text_len=text.text_len,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(config.seed, "weights"))
+        model = WanDiT(dit_config)
+        init_weights(model)
+    return Weights(dit_config, dict(model.state_dict()), f"preset={config.preset}")
 
 
 def read_critic(config: TrainConfig) -> Weights:
@@ -301,41 +396,44 @@ def make_trainer(
     place_vae(inputs.vae, group.device, dtype)
     generator = make_trained(inputs.generator, lora_config(config, inputs.lora), group, compute)
     networks = {"generator": Network(generator, optimizer_config(config), ema_config(config))}
+    lora_scale = config.adapter.alpha / config.adapter.rank
+    rollout = make_rollout_copy(inputs.generator.config, group, compute) if needs_copy(config) else None
     stage: Stage
     if config.stage in DISTRIBUTION_MATCHING:
         assert inputs.critic is not None
         assert inputs.teacher is not None
+        assert rollout is not None
         critic_lora = lora_config(config, inputs.critic_lora) if config.adapter.apply_to_critic else None
         critic = make_trained(inputs.critic, critic_lora, group, compute)
         networks["critic"] = Network(critic, critic_optimizer_config(config))
         players = Players(
             generator=generator,
-            rollout=make_rollout_copy(inputs.generator.config, group, compute),
+            rollout=rollout,
             critic=critic,
             teacher=make_teacher(config, inputs.teacher, group, compute),
             vae=inputs.vae,
             encode_prompts=encode_prompts,
-            lora_scale=config.adapter.alpha / config.adapter.rank,
+            lora_scale=lora_scale,
         )
         stage = make_matching(config, inputs, players, clock)
     else:
         stage = make_flow_matching(config, inputs, generator, encode_prompts, clock, compute)
+    sample = None
+    if rollout is not None and config.vis_interval:
+        models = Models(rollout, inputs.vae, encode_prompts)
+        session = SessionConfig(
+            config.height, config.width, sampler_config(config), cache_config(config), switch_policy(config)
+        )
+        prompts = inputs.prompts or [(prompt,) for prompt in read_prompts(config.data_path)]
+        sample = SampleVideos(config, session, models, networks["generator"], lora_scale, prompts, group)
     return Trainer(
-        stage,
-        networks,
-        TrainerConfig(
-            num_steps=config.max_iters,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            num_rounds=config.num_rounds(group.world_size),
-            save_interval=config.log_iters,
-            sample_interval=config.vis_interval,
-        ),
-        group,
-        checkpoints,
-        metrics=None,
-        clock=clock,
+        stage, networks, trainer_config(config, group), group, checkpoints, metrics=None, clock=clock, sample=sample
     )
+
+
+def needs_copy(config: TrainConfig) -> bool:
+    """Whether something rolls out: the stage, or sample videos."""
+    return config.stage in DISTRIBUTION_MATCHING or (config.stage in CAUSAL and config.vis_interval > 0)
 
 
 def make_teacher(config: TrainConfig, weights: Weights, group: Group, compute: Compute) -> Score:
@@ -349,13 +447,11 @@ def make_teacher(config: TrainConfig, weights: Weights, group: Group, compute: C
 
 def make_matching(config: TrainConfig, inputs: Inputs, players: Players, clock: Clock) -> SelfForcing | Streaming:
     """The stage of the two published ones."""
-    is_published = config.recache_policy == "published"
-    policy: SwitchPolicy = "published_training" if is_published else "keep" if config.global_sink else "rewrite"
     sampling = SamplingConfig(
         latent_shape=latent_shape(config, inputs.vae),
         num_frames=config.clip_frames,
         cache=cache_config(config),
-        policy=policy,
+        policy="published_training" if config.recache_policy == "published" else switch_policy(config),
         critic_steps_per_generator_step=config.dfake_gen_update_ratio,
         last_step_only=config.last_step_only,
         same_step_across_blocks=config.same_step_across_blocks,
@@ -426,6 +522,11 @@ def cache_config(config: TrainConfig) -> CacheConfig:
     return CacheConfig(kwargs.local_attn_size, kwargs.sink_size, published_sink_fill=is_published)
 
 
+def switch_policy(config: TrainConfig) -> SwitchPolicy:
+    """That of inference."""
+    return "keep" if config.global_sink else "rewrite"
+
+
 def sampler_config(config: TrainConfig) -> SamplerConfig:
     return SamplerConfig(
         steps=tuple(config.denoising_step_list),
@@ -454,6 +555,17 @@ def optimizer_config(config: TrainConfig) -> OptimizerConfig:
     )
 
 
+def trainer_config(config: TrainConfig, group: Group) -> TrainerConfig:
+    return TrainerConfig(
+        num_steps=config.max_iters,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        num_rounds=config.num_rounds(group.world_size),
+        save_interval=config.log_iters,
+        sample_interval=config.vis_interval,
+    )
+
+
 def critic_optimizer_config(config: TrainConfig) -> OptimizerConfig:
     return replace(
         optimizer_config(config),
@@ -465,12 +577,3 @@ def critic_optimizer_config(config: TrainConfig) -> OptimizerConfig:
 
 def ema_config(config: TrainConfig) -> EMAConfig:
     return EMAConfig(config.ema_weight, config.ema_start_step)
-
-
-def export_folder(folder: Path, checkpoint: Path | None) -> None:
-    """Write the weights of a checkpoint of the run in `folder`, by default the newest. Raises InputError."""
-    config = load_train_config(folder / "config.json")
-    config = replace(config, logdir=str(folder))
-    export_run(
-        config, read_start(config), read_critic(config) if config.stage in DISTRIBUTION_MATCHING else None, checkpoint
-    )

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 STAGES = ("self_forcing", "streaming", "causal_init", "pretrain", "vae")
 DISTRIBUTION_MATCHING = ("self_forcing", "streaming")
+CAUSAL = (*DISTRIBUTION_MATCHING, "causal_init")
 
 PUBLISHED_WITHOUT_EFFECT = {
     "auto_resume": "a run always goes on at its newest checkpoint",
@@ -88,6 +89,12 @@ class TrainConfig(Section):
     generator_ckpt: str | None = setting(
         None, "generator to begin with; null = what the stage before has exported (init_logdir), else Wan's", path=True
     )
+    preset: str | None = setting(
+        None,
+        "begin with random weights of these sizes instead: tiny, 1.3B or 14B; null = with weights that are there",
+        one_of("tiny", "1.3B", "14B"),
+    )
+    vae_ckpt: str | None = setting(None, "VAE weights; null = those of the Wan model", path=True)
     init_logdir: str | None = setting(None, "run folder of the stage before", path=True)
     lora_ckpt: str | None = setting(None, "LoRA to begin with; null = none", path=True)
     real_name: str = setting("Wan2.1-T2V-14B", "teacher: folder inside wan_folder")
@@ -176,6 +183,8 @@ class TrainConfig(Section):
     ema_weight: float = setting(0.99, "decay of the averaged generator; 0 = none", between(0, 1))
     ema_start_step: int = setting(200, "step from which the average is one", at_least(0))
 
+    vae_base_dim: int = setting(8, "vae: width of the first level", at_least(1))
+    vae_z_dim: int = setting(16, "vae: latent channels", at_least(1))
     kl_weight: float = setting(1e-4, "vae: weight of the KL term", at_least(0))
     foreground_weight: float = setting(1.0, "vae: weight of pixels unlike their frame's median colour", at_least(1))
 
@@ -215,7 +224,7 @@ class TrainConfig(Section):
                     f"{self.streaming_max_length}: each must be less than the next"
                 )
         for name, frames in lengths.items():
-            if self.stage in (*DISTRIBUTION_MATCHING, "causal_init") and frames % block:
+            if self.stage in CAUSAL and frames % block:
                 raise InputError(f"{name}={frames}: must be a multiple of num_frame_per_block={block}")
         if -1 != model.local_attn_size < model.sink_size + block:
             raise InputError(

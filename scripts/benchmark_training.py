@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--cycles", type=int, default=1, help="measured cycles, after one to warm up")
     parser.add_argument("--checkpoint", type=Path, help="folder: resume from its checkpoint if it has one, and save one")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     config, _ = load_config(TrainConfig, os.devnull, [*FULL_SIZE, *args.overrides], translate_published)
     device = choose_device(config.device)
     with process_group(device) as group, tempfile.TemporaryDirectory() as scratch:

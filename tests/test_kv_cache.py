@@ -226,7 +226,7 @@ def test_passes_with_gradient_see_the_same(geometry: tuple[int, int, int], publi
         config = CacheConfig(window, sink, published_sink_fill=published)
         rollout = Rollout(model, Sampler(STEPS), model.new_cache(config, 1, HEIGHT, WIDTH, 3 * window))
         rollout.set_text(model.project_text(text))
-        training = BlockTraining(exit_step, model, embeds)
+        training = BlockTraining(exit_step, None if embeds is None else model, embeds)
         blocks = [
             rollout.next_block(noise(start, num, 0), lambda i, s=start: noise(s, num, i + 1), training)
             for start in range(0, 2 * window, num)

@@ -15,7 +15,7 @@ LAYERS = (
     ("models",),
     ("rollout", "quantize", "weights", "data"),
     ("inference", "training"),
-    ("config", "build", "train_config", "train"),
+    ("config", "build", "train_config", "train_samples", "train", "clips_config", "make_clips"),
     ("eval", "web"),
     ("cli", "__main__"),
 )

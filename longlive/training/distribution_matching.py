@@ -9,7 +9,7 @@ Rollouts run on a plain copy of the generator with its LoRA merged in, in the co
 of all passes only those with gradient need the sharded, trained one. B: samples of this process.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +26,7 @@ from longlive.training.clock import Clock
 from longlive.training.dmd import DMD, Score
 from longlive.training.draw import Draw
 from longlive.training.parallel import copy_weights
-from longlive.training.stage import FillSamples, Loss
+from longlive.training.stage import FillSamples, Loss, Stage
 from longlive.training.streaming import ChunkNoise, Clip, StreamingSequence, make_clip
 
 EncodePrompts = Callable[[Sequence[str]], Tensor]
@@ -61,7 +61,7 @@ class SamplingConfig:
     same_step_across_blocks: bool = True
 
 
-class DistributionMatching(ABC):
+class DistributionMatching(Stage):
     """The losses of generator and critic on clips that the generator makes."""
 
     def __init__(
@@ -169,13 +169,6 @@ class SelfForcing(DistributionMatching):
             noise = self._chunk_noise(draw, self.config.num_frames)
             new = sequence.generate(noise, 0 if has_gradient else None, is_last=True)
         return make_clip(self.players.vae, None, new, self.config.num_frames), text
-
-    def state(self) -> dict[str, Any]:
-        """Nothing outlives a step."""
-        return {"samples": {}, "values": {}}
-
-    def restore(self, values: Mapping[str, Any], batch_size: int, fill: FillSamples | None) -> None:
-        """Nothing to restore."""
 
     def _longest(self) -> int:
         return self.config.num_frames

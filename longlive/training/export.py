@@ -6,15 +6,19 @@ generator, averaged where there is an average, its LoRA merged in; and the criti
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from longlive.models.dit import DiTConfig
+from longlive.models.vae import VAEConfig, WanVAE
 from longlive.training.checkpoint import read_keys, read_state
 from longlive.training.networks import Weights
+from longlive.training.vae_stage import with_latent_statistics
 from longlive.weights.files import StateDict, atomic_file, write_safetensors
 from longlive.weights.lora import merge_lora, parse_lora
 
@@ -58,6 +62,18 @@ def export(checkpoint: Path, folder: Path, generator: Weights, critic: Weights |
             {entry: {f"model.{name}": tensor for name, tensor in state.items()} for entry, state in whole.items()},
         )
     return written
+
+
+def export_vae(checkpoint: Path, path: Path, config: VAEConfig, batches: Iterable[Tensor]) -> None:
+    """Write a trained VAE, averaged where there is an average, with the statistics of its latents over batches of
+    pixels [B, V, 3, H, W]. Raises InputError as `export` does."""
+    prefix = "networks.vae.ema" if any(k.startswith("networks.vae.ema.") for k in read_keys(checkpoint)) else None
+    state = read_state(checkpoint, prefix or "networks.vae.weights")
+    state = {name.removeprefix("vae."): tensor for name, tensor in state.items()}
+    vae = WanVAE(config)
+    vae.load_state_dict(state)
+    metadata = {"part": "vae", "config": json.dumps(asdict(with_latent_statistics(vae, batches)))}
+    write_safetensors(path, state, metadata)
 
 
 def is_lora(state: StateDict) -> bool:

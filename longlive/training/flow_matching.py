@@ -1,16 +1,15 @@
 """Training by flow matching on clips: of a bidirectional model from nothing, and of a causal one to begin with.
 
 `Pretrain` is the plain objective of Wan (arXiv 2503.20314): predict v = noise - x0 at a random noise level.
-`CausalInit` makes a causal model of a bidirectional one: the same by teacher forcing, every block at its own noise level given the
-clean frames before it; or, with clips that hold a teacher's ODE trajectories, by regression of their end from the
-states at the few denoising steps (CausVid, arXiv 2412.07772). B: samples of this process.
+`CausalInit` makes a causal model of a bidirectional one: the same by teacher forcing, every block at its own noise
+level given the clean frames before it; or, with clips that hold a teacher's ODE trajectories, by regression of their
+end from the states at the few denoising steps (CausVid, arXiv 2412.07772). B: samples of this process.
 """
 
 import random
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from longlive.models.kv_cache import CacheConfig
 from longlive.rollout import Sampler
 from longlive.training.clock import Clock
 from longlive.training.draw import Draw, derived_seed
-from longlive.training.stage import FillSamples, Loss
+from longlive.training.stage import Loss, Stage
 from longlive.training.teacher_forcing import teacher_forced_flow
 
 
@@ -37,7 +36,7 @@ class FlowMatchingConfig:
     prompt_dropout: float = 0.1
 
 
-class FlowMatching(ABC):
+class FlowMatching(Stage):
     """The loss of one network, "generator", on clips from the data."""
 
     def __init__(
@@ -87,18 +86,6 @@ class FlowMatching(ABC):
         """Random timesteps [B, num] and their noise levels, uniform before the warp."""
         index = draw.integers(len(self.schedule.sigmas), num)
         return self.schedule.timesteps[index], self.schedule.sigmas[index]
-
-    def updated(self, network: str) -> None:  # noqa: B027  nothing depends on the weights
-        pass
-
-    def state(self) -> dict[str, Any]:
-        """Nothing outlives a step."""
-        return {"samples": {}, "values": {}}
-
-    def restore(  # noqa: B027  nothing to restore
-        self, values: Mapping[str, Any], batch_size: int, fill: FillSamples | None
-    ) -> None:
-        pass
 
 
 class Pretrain(FlowMatching):

@@ -286,9 +286,10 @@ class Trainer:
 
     def _state(self) -> dict[str, Any]:
         stage = self.stage.state()
+        samples = {name: _unshared(tensor) for name, tensor in stage["samples"].items()}
         return {
             "networks": {name: network.state() for name, network in self.networks.items()},
-            "stage": {"values": stage["values"], "samples": self._shared(stage["samples"])},
+            "stage": {"values": stage["values"], "samples": self._shared(samples)},
             "progress": self._counts(),
         }
 
@@ -301,6 +302,11 @@ class Trainer:
 
     def _shared(self, samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: self.group.by_sample(tensor) for name, tensor in samples.items()}
+
+
+def _unshared(tensor: Tensor) -> Tensor:
+    """The tensor with memory of its own: the library cannot save DTensors that are a part of something larger."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 @dataclass

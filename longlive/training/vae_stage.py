@@ -10,8 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from longlive.data.clips import PixelSource
+from longlive.data.order import Order
 from longlive.errors import InputError
 from longlive.models.vae import VAEConfig, WanVAE
+from longlive.training.clock import Clock
+from longlive.training.draw import Draw
+from longlive.training.stage import Loss, Stage
 
 # Outside this range a posterior is a point or noise alone; its exponential would leave float32.
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
@@ -109,3 +114,35 @@ def with_latent_statistics(vae: WanVAE, batches: Iterable[Tensor]) -> VAEConfig:
     means = first / count
     deviations = (second / count - means.square()).sqrt()
     return replace(vae.config, latents_mean=tuple(means.tolist()), latents_std=tuple(deviations.tolist()))
+
+
+class VAETraining(Stage):
+    """A stage that trains the network "vae", an `Autoencoder`, on clips of pixels."""
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        config: VAEConfig,
+        clips: PixelSource,
+        order: Order,
+        loss_config: VAELossConfig,
+        clock: Clock,
+    ) -> None:
+        self.autoencoder = autoencoder
+        self.config = config
+        self.clips = clips
+        self.order = order
+        self.loss_config = loss_config
+        self.clock = clock
+
+    def due(self, step: int) -> tuple[str, ...]:
+        return ("vae",)
+
+    def loss(self, network: str, draw: Draw) -> Loss:
+        with self.clock.part("data"):
+            pixels = self.clips.pixels([self.order[sample] for sample in draw.samples]).to(draw.device)
+        noise = draw.of("posterior").normal(*latent_shape(pixels, self.config)[1:])
+        with self.clock.part("forward"):
+            reconstruction, mean, log_variance = self.autoencoder(pixels, noise)
+            loss, metrics = vae_loss(pixels, reconstruction, mean, log_variance, self.loss_config)
+        return Loss(loss, metrics, noise.shape[0] * noise.shape[1])
