@@ -222,7 +222,7 @@ def load_models(config: InferenceConfig, device: torch.device) -> Models:
     folder = None if config.model_name == BUILTIN else wan_path(config)
     log.info("loading %s", folder or "the built-in model")
     generator = load_generator(config, device, dtype)
-    vae, encoder = read_vae_and_encoder(folder, generator.config.text_len, dtype, config.vae_ckpt)
+    vae, encoder = load_vae(folder, dtype, config.vae_ckpt), load_encoder(folder, generator.config.text_len)
     return assemble(config, generator, vae, encoder, device, dtype)
 
 
@@ -258,28 +258,34 @@ def builtin_modules() -> tuple[WanDiT, WanVAE, TextEncoder]:
         return WanDiT(PRESETS[BUILTIN]), WanVAE(BUILTIN_VAE), TextEncoder(TextEncoderConfig.tiny(), byte_tokens)
 
 
-def read_vae_and_encoder(
-    folder: Path | None, text_len: int, dtype: torch.dtype, vae_ckpt: str | None = None
-) -> tuple[WanVAE, TextEncoder]:
-    """VAE in `dtype` and text encoder in bfloat16, on the CPU, from a Wan folder, or from None the built-in ones.
+def load_vae(folder: Path | None, dtype: torch.dtype, vae_ckpt: str | None = None) -> WanVAE:
+    """The VAE in `dtype` on the CPU, from the file `vae_ckpt`, a Wan folder, or, without either, the built-in one.
 
-    text_len: tokens of a prompt; vae_ckpt: a file with the VAE instead. Raises InputError for files that do not fit.
+    Raises InputError for files that do not fit.
     """
-    _, vae, encoder = builtin_modules()
-    vae_source = vae_ckpt or folder
-    if vae_source is not None:
-        vae_config, vae_state = read_vae(vae_source)
-        with torch.device("meta"):
-            vae = WanVAE(vae_config)
-        check_finite(vae_state, vae_source)
-        load_into(vae, vae_state, vae_source, dtype)
-    if folder is None:
-        return vae, encoder
-    text_config, text_state, tokenizer = read_text_encoder(folder)
+    source = vae_ckpt or folder
+    if source is None:
+        return builtin_modules()[1].to(dtype)
+    config, state = read_vae(source)
     with torch.device("meta"):
-        encoder = TextEncoder(replace(text_config, text_len=text_len), load_tokenizer(tokenizer))
-    load_text_encoder(encoder, text_state, folder, torch.bfloat16)
-    return vae, encoder
+        vae = WanVAE(config)
+    check_finite(state, source)
+    load_into(vae, state, source, dtype)
+    return vae
+
+
+def load_encoder(folder: Path | None, text_len: int) -> TextEncoder:
+    """The text encoder in bfloat16 on the CPU, from a Wan folder, or, from None, the built-in one in float32.
+
+    text_len: tokens of a prompt. Raises InputError for files that do not fit.
+    """
+    if folder is None:
+        return builtin_modules()[2]
+    config, state, tokenizer = read_text_encoder(folder)
+    with torch.device("meta"):
+        encoder = TextEncoder(replace(config, text_len=text_len), load_tokenizer(tokenizer))
+    load_text_encoder(encoder, state, folder, torch.bfloat16)
+    return encoder
 
 
 def assemble(

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from longlive.build import BUILTIN, choose_device, choose_dtype, place_encoder, place_vae, read_vae_and_encoder
+from longlive.build import BUILTIN, choose_device, choose_dtype, load_encoder, load_vae, place_encoder, place_vae
 from longlive.clips_config import ClipsConfig
 from longlive.config import to_dict
 from longlive.data.clips import ClipWriter, PixelClips, PixelSource
@@ -24,12 +24,11 @@ from longlive.data.prompts import read_index, read_prompts
 from longlive.distributed import is_main, rank, shard, world_size
 from longlive.errors import InputError
 from longlive.models.attention import select_attention
-from longlive.models.dit import PRESETS, WanDiT
+from longlive.models.dit import WanDiT
 from longlive.models.text_encoder import TextEncoder
 from longlive.models.vae import WanVAE
 from longlive.rollout import Sampler, SamplerConfig
 from longlive.train import existing_folder, read_network
-from longlive.train_config import TrainConfig
 from longlive.training.dmd import Score
 from longlive.training.draw import derived_seed
 from longlive.training.networks import Weights
@@ -101,7 +100,7 @@ def write_clips(
 def make_encoder(config: ClipsConfig) -> Make:
     """The VAE over the videos of `data_path`."""
     device = choose_device(config.device)
-    vae, _ = read_parts(config, PRESETS[BUILTIN].text_len)
+    vae = load_vae(model_folder(config), torch.float32, config.vae_ckpt)
     place_vae(vae, device, choose_dtype("auto", device))
     num_video_frames = 1 + vae.config.temporal_factor * (config.num_training_frames - 1)
     videos = PixelClips(config.data_path, config.height, config.width, num_video_frames, config.fps)
@@ -120,8 +119,9 @@ def encoded_videos(vae: WanVAE, videos: PixelSource, device: torch.device) -> Ma
 
 def make_teacher(config: ClipsConfig, prompts: Sequence[str]) -> Make:
     """The teacher on its device, with the text encoder."""
-    weights = read_network(TrainConfig(wan_folder=config.wan_folder), config.real_ckpt, config.real_name, "real_name")
-    vae, encoder = read_parts(config, weights.config.text_len)
+    weights = read_network(config.wan_folder, config.real_ckpt, config.real_name, "real_name")
+    folder = model_folder(config)
+    vae, encoder = load_vae(folder, torch.float32, config.vae_ckpt), load_encoder(folder, weights.config.text_len)
     check_parts(weights, vae, encoder)
     factor = vae.config.spatial_factor
     device = choose_device(config.device)
@@ -183,12 +183,11 @@ def student_sigmas(config: ClipsConfig) -> tuple[float, ...]:
     return tuple(Sampler(sampler).sigmas)
 
 
-def read_parts(config: ClipsConfig, text_len: int) -> tuple[WanVAE, TextEncoder]:
-    """VAE and text encoder, on the CPU. text_len: tokens of a prompt."""
-    folder = None
-    if config.model_name != BUILTIN:
-        folder = existing_folder(TrainConfig(wan_folder=config.wan_folder), config.model_name, "model_name")
-    return read_vae_and_encoder(folder, text_len, torch.float32, config.vae_ckpt)
+def model_folder(config: ClipsConfig) -> Path | None:
+    """The Wan model's folder; None for the built-in model."""
+    if config.model_name == BUILTIN:
+        return None
+    return existing_folder(config.wan_folder, config.model_name, "model_name")
 
 
 def check_parts(weights: Weights, vae: WanVAE, encoder: TextEncoder) -> None:

@@ -4,6 +4,8 @@ Layer 4. What a user may have got wrong is checked before any GPU memory is take
 """
 
 import logging
+import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,9 +20,10 @@ from longlive.build import (
     choose_device,
     choose_dtype,
     find_wan_folder,
+    load_encoder,
+    load_vae,
     place_encoder,
     place_vae,
-    read_vae_and_encoder,
 )
 from longlive.config import to_dict, to_yaml
 from longlive.data.clips import LatentClips, PixelClips
@@ -67,7 +70,7 @@ from longlive.training.sequence_parallel import SequenceParallel, share_frames
 from longlive.training.stage import Stage
 from longlive.training.trainer import EMAConfig, Network, OptimizerConfig, Trainer, TrainerConfig
 from longlive.training.vae_stage import Autoencoder, VAELossConfig, VAETraining
-from longlive.weights.files import atomic_file, write_json
+from longlive.weights.files import StateDict, atomic_file, shorten, write_json
 from longlive.weights.formats import read_dit, read_generator
 from longlive.weights.lora import Lora, check_rank, check_targets, read_lora
 
@@ -177,6 +180,11 @@ def export_checkpoint(config: TrainConfig, job: Job, checkpoint: Path) -> None:
 def check_processes(config: TrainConfig) -> None:
     """Raise InputError where the processes cannot share the work as the configuration says."""
     total = world_size()
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if total > 1 and missing:
+        raise InputError(
+            f"WORLD_SIZE={total}, but {shorten(missing)} not set; torchrun and NUM_GPUS=N bash train_init.sh set all"
+        )
     config.num_rounds(total)
     if config.sharding_strategy == "hybrid_full" and total % local_world_size():
         raise InputError(
@@ -219,12 +227,12 @@ def generator_job(config: TrainConfig) -> Job:
 
 def run_identity(config: TrainConfig, inputs: Inputs) -> dict[str, Any]:
     """The settings that a run shares with the checkpoints it may go on from."""
-    adapter = {key: getattr(config.adapter, key) for key in ("rank", "alpha", "apply_to_critic")}
+    keys = ("type", "rank", "alpha", "apply_to_critic") if config.has_lora else ("type",)
     return {
         "stage": config.stage,
         "seed": config.seed,
         "generator": asdict(inputs.generator.config),
-        "adapter": adapter if config.has_lora else None,
+        "adapter": {key: getattr(config.adapter, key) for key in keys},
         "ema": config.ema_weight > 0,
         "frames": [config.clip_frames, config.num_frame_per_block],
         "height": config.height,
@@ -270,16 +278,18 @@ def read_inputs(config: TrainConfig) -> Inputs:
     """Read what a run needs. Raises InputError for what is missing, does not fit or cannot be read."""
     prompts, clips = read_data(config)
     start = None if config.preset else read_start(config)
-    vae, encoder = read_vae_and_encoder(
-        None if config.model_name == BUILTIN else existing_folder(config, config.model_name, "model_name"),
-        DiTConfig().text_len if start is None else start.config.text_len,
-        torch.float32,
-        config.vae_ckpt,
-    )
+    folder = None
+    if config.model_name != BUILTIN:
+        folder = existing_folder(config.wan_folder, config.model_name, "model_name")
+    vae = load_vae(folder, torch.float32, config.vae_ckpt)
+    encoder = load_encoder(folder, DiTConfig().text_len if start is None else start.config.text_len)
     generator = start or random_weights(config, vae, encoder)
     is_matching = config.stage in DISTRIBUTION_MATCHING
     critic = read_critic(config) if is_matching else None
-    teacher = read_network(config, config.real_ckpt, config.real_name, "real_name") if is_matching else None
+    teacher = read_network(config.wan_folder, config.real_ckpt, config.real_name, "real_name") if is_matching else None
+    for network in (generator, critic, teacher):
+        if network is not None:
+            check_interface(network, vae, encoder)
     lora = None
     critic_lora = None
     if config.lora_ckpt is not None:
@@ -288,9 +298,27 @@ def read_inputs(config: TrainConfig) -> Inputs:
         lora = read_lora(config.lora_ckpt)
         check_rank(lora, config.adapter.rank, config.lora_ckpt)
         check_targets(lora, generator.state, config.lora_ckpt)
+        check_complete(lora, generator.state, config.lora_ckpt)
     if clips is not None:
         check_clips(config, clips, vae)
     return Inputs(generator, critic, teacher, lora, critic_lora, vae, encoder, prompts, clips)
+
+
+def check_interface(network: Weights, vae: WanVAE, encoder: TextEncoder) -> None:
+    """Raise InputError unless a transformer works on the latents of the VAE and the prompts of the text encoder."""
+    wanted = {"in_channels": vae.config.z_dim, "out_channels": vae.config.z_dim, "text_dim": encoder.config.dim}
+    found = {name: getattr(network.config, name) for name in wanted}
+    wrong = [f"{name} is {found[name]}, not {size}" for name, size in wanted.items() if found[name] != size]
+    if wrong:
+        raise InputError(f"{network.source}: does not fit VAE and text encoder: {', '.join(wrong)}")
+
+
+def check_complete(lora: Lora, state: StateDict, source: str) -> None:
+    """Raise InputError unless a LoRA has a pair for every linear layer of the blocks, all of which are trained."""
+    linear = [name for name, weight in state.items() if re.fullmatch(r"blocks\..+\.weight", name) and weight.ndim == 2]
+    missing = [module for name in linear if (module := name.removesuffix(".weight")) not in lora]
+    if missing:
+        raise InputError(f"{source}: LoRA of another model: has none for {shorten(missing)}")
 
 
 def read_data(config: TrainConfig) -> tuple[list[tuple[str, ...]], LatentClips | None]:
@@ -317,7 +345,7 @@ def check_clips(config: TrainConfig, clips: LatentClips, vae: WanVAE) -> None:
 def read_start(config: TrainConfig) -> Weights:
     """The generator's weights to begin with: named, or exported by the stage before, or Wan's, or none yet."""
     if config.generator_ckpt is not None:
-        return read_network(config, config.generator_ckpt, config.model_name, "model_name")
+        return read_network(config.wan_folder, config.generator_ckpt, config.model_name, "model_name")
     if config.init_logdir is not None:
         exported = Path(config.init_logdir) / GENERATOR
         if not exported.exists():
@@ -325,8 +353,8 @@ def read_start(config: TrainConfig) -> Weights:
                 f"init_logdir: {exported} does not exist; train the stage before first, or name weights by "
                 "generator_ckpt=FILE"
             )
-        return read_network(config, str(exported), config.model_name, "model_name")
-    return read_network(config, None, config.model_name, "model_name")
+        return read_network(config.wan_folder, str(exported), config.model_name, "model_name")
+    return read_network(config.wan_folder, None, config.model_name, "model_name")
 
 
 def random_weights(config: TrainConfig, vae: WanVAE, encoder: TextEncoder) -> Weights:
@@ -351,26 +379,26 @@ def read_critic(config: TrainConfig) -> Weights:
     """The critic's weights to begin with: named, or exported by the stage before, or those of the Wan model."""
     exported = Path(config.init_logdir or "") / CRITIC
     path = config.critic_ckpt or (str(exported) if config.init_logdir and exported.exists() else None)
-    return read_network(config, path, config.fake_name or config.model_name, "fake_name")
+    return read_network(config.wan_folder, path, config.fake_name or config.model_name, "fake_name")
 
 
-def read_network(config: TrainConfig, path: str | None, name: str, key: str) -> Weights:
+def read_network(wan_folder: str, path: str | None, name: str, key: str) -> Weights:
     """A transformer from the file `path`, or of the Wan model called `name`, which the configuration's `key` tells."""
     if path is None and name == BUILTIN:
         return Weights(PRESETS[BUILTIN], dict(builtin_modules()[0].state_dict()), "the built-in model")
     if path is not None:
-        folder = find_wan_folder(config.wan_folder, name)
+        folder = find_wan_folder(wan_folder, name)
         source, (dit_config, state) = path, read_generator(path, folder)
     else:
-        source = str(existing_folder(config, name, key))
+        source = str(existing_folder(wan_folder, name, key))
         dit_config, state = read_dit(source)
     weights = Weights(dit_config, state, source)
     check_weights(weights)
     return weights
 
 
-def existing_folder(config: TrainConfig, name: str, key: str) -> Path:
-    folder = find_wan_folder(config.wan_folder, name)
+def existing_folder(wan_folder: str, name: str, key: str) -> Path:
+    folder = find_wan_folder(wan_folder, name)
     if not folder.exists():
         raise InputError(
             f"{key}: {folder} does not exist; bash scripts/download_weights.sh --teacher fetches the models"

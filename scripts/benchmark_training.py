@@ -90,16 +90,17 @@ def random_embeddings(config: DiTConfig, device: torch.device) -> Callable[[Sequ
 
 
 def measure(trainer: Trainer, num_cycles: int, critic_steps: int, device: torch.device) -> dict[str, object]:
-    """Run one cycle to warm up, then the measured ones."""
+    """Run one step of generator and critic to warm up, then the measured cycles."""
     times: list[float] = []
     parts: dict[str, list[float]] = {}
-    for cycle in range(num_cycles + 1):
+    for num_steps in [1, *[critic_steps] * num_cycles]:
+        trainer.progress.step = -(-trainer.progress.step // critic_steps) * critic_steps  # a generator's turn
         if device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         spent: dict[str, float] = {}
-        for _ in range(critic_steps):
+        for _ in range(num_steps):
             values = trainer._step()
             trainer.progress.step += 1
             for name, value in values.items():
@@ -109,10 +110,9 @@ def measure(trainer: Trainer, num_cycles: int, critic_steps: int, device: torch.
         for name, value in spent.items():
             parts.setdefault(name, []).append(value)
     figures: dict[str, object] = {
-        "cycle_s": round(statistics.median(times[1:]), 2),
-        "first_cycle_s": round(times[0], 2),
-        "parts": {name: round(statistics.median(values[1:]), 2) for name, values in parts.items()},
-        "generator_loss": values.get("generator/loss"),
+        "first_step_s": round(times[0], 2),
+        "cycle_s": round(statistics.median(times[1:] or times), 2),
+        "parts": {name: round(statistics.median(values[1:] or values), 2) for name, values in parts.items()},
         "critic_loss": values["critic/loss"],
     }
     if device.type == "cuda":
@@ -125,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="1.3B", help="generator and critic")
     parser.add_argument("--teacher", choices=PRESETS, default="14B")
-    parser.add_argument("--cycles", type=int, default=1, help="measured cycles, after one to warm up")
+    parser.add_argument("--cycles", type=int, default=1, help="measured cycles; 0 = only the step to warm up")
     parser.add_argument("--checkpoint", type=Path, help="folder: resume from its checkpoint if it has one, and save one")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()

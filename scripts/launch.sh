@@ -41,7 +41,7 @@ export WORLD_SIZE=$((num_nodes * num_gpus)) LOCAL_WORLD_SIZE=$num_gpus
 
 logs="$(mktemp -d)"
 pids=()
-signal() { kill "-$1" "${pids[@]}" 2>/dev/null || true; }
+signal() { kill "-$1" "${pids[@]}" || true; }
 if [[ "$command" == train ]]; then stop=TERM; else stop=INT; fi
 trap 'rm -rf "$logs"' EXIT
 trap 'signal INT' INT
@@ -55,17 +55,20 @@ for ((i = 0; i < num_gpus; i++)); do
     exec {out}>&- {err}>&-
 done
 set +m
+exec {say}>&2 2>/dev/null # in its own words bash would tell of every process that was killed
 
 status=0
-is_running() { kill -0 "${pids[$1]}" 2>/dev/null; }
+is_running() { kill -0 "${pids[$1]}"; }
 pause() { sleep 0.1 || true; } # ends early at Ctrl-C
 look_back() { # at process $1, which has ended
     local code=0
-    wait "${pids[$1]}" 2>/dev/null || code=$?
+    wait "${pids[$1]}" || code=$?
     ((code > 0 && status == 0)) || return 0
     status=$code
-    (($1 == 0)) || cat "$logs/$1" >&2
-    ((code != 128 + 9)) || echo "error: process $((node_rank * num_gpus + $1)) was killed, as when memory runs out" >&2
+    (($1 == 0)) || cat "$logs/$1" >&"$say"
+    if ((code > 128 && code != 128 + 2 && code != 128 + 15)); then # not as asked
+        echo "error: process $((node_rank * num_gpus + $1)) was ended by SIG$(kill -l "$code")" >&"$say"
+    fi
 }
 
 if [[ "$command" != train ]]; then
@@ -84,5 +87,5 @@ while ((status == 0 && ${#running[@]} > 0)); do
         look_back "$i"
     done
 done
-for i in "${running[@]}"; do kill -KILL -- "-${pids[i]}" || true; done # and what it has started
+for i in "${running[@]}"; do kill -KILL -- "-${pids[i]}" || true; done # and all that they have started
 exit "$status"

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -61,9 +62,17 @@ def test_bad_num_gpus(num_gpus: str, tmp_path: Path) -> None:
     assert_one_line_error(run("inference.sh", cwd=tmp_path, NUM_GPUS=num_gpus), f"NUM_GPUS={num_gpus}")
 
 
-@pytest.mark.parametrize("script", ["train_init.sh", "train_long.sh"])
-def test_training_says_that_it_is_missing(script: str, tmp_path: Path) -> None:
-    assert_one_line_error(run(script, cwd=tmp_path), "training", "README.md")
+@pytest.mark.parametrize(
+    ("words", "variables"),
+    [
+        ("NUM_NODES=0 is not a number", {"NUM_NODES": "0"}),
+        ("NODE_RANK= is not the number of this machine, 0 to 1", {"NUM_NODES": "2", "MASTER_ADDR": "host0"}),
+        ("NODE_RANK=2 is not the", {"NUM_NODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "host0"}),
+        ("MASTER_ADDR must name", {"NUM_NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": ""}),
+    ],
+)
+def test_bad_machines(words: str, variables: dict[str, str], tmp_path: Path) -> None:
+    assert_one_line_error(run("train_init.sh", cwd=tmp_path, **variables), words)
 
 
 def test_setup_uses_the_given_interpreter(tmp_path: Path) -> None:
@@ -126,3 +135,96 @@ def test_several_processes_complain_once(tmp_path: Path) -> None:
     assert failed.returncode == 2
     assert failed.stderr.count("error:") == 1
     assert "did you mean 'num_output_frames'" in failed.stderr
+
+
+def stand_in(folder: Path, body: str) -> dict[str, str]:
+    """Variables by which the scripts run the bash lines `body` where they would run longlive."""
+    path = folder / "python"
+    path.write_text(f'#!/usr/bin/env bash\n[[ "$1" != -c ]] || exec {sys.executable} "$@"\n{body}\n')
+    path.chmod(0o755)
+    return {"LONGLIVE_PYTHON": str(path)}
+
+
+PRINT_ALL = 'printf "%s\\n" "$@"'
+
+
+@pytest.mark.parametrize("stage", ["init", "long"])
+def test_training_scripts_pass_on_their_arguments(stage: str, tmp_path: Path) -> None:
+    done = run(f"train_{stage}.sh", "a=b c", "--x", cwd=tmp_path, **stand_in(tmp_path, PRINT_ALL))
+    config = str(ROOT / f"configs/longlive_train_{stage}.yaml")
+    assert done.stdout.splitlines() == ["-m", "longlive", "train", "--config_path", config, "a=b c", "--x"]
+
+
+TOLD = "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT"
+
+
+def test_processes_of_one_machine(tmp_path: Path) -> None:
+    done = run("train_init.sh", cwd=tmp_path, **stand_in(tmp_path, f'echo "{TOLD}" >"$RANK"'), NUM_GPUS="2")
+    assert done.returncode == 0, done.stderr
+    *first, port = (tmp_path / "0").read_text().split()
+    assert first == ["0", "0", "2", "2", "127.0.0.1"]
+    assert int(port) > 1023
+    assert (tmp_path / "1").read_text().split() == ["1", "1", "2", "2", "127.0.0.1", port]
+
+
+@pytest.mark.parametrize("num_gpus", [1, 3])
+def test_processes_of_the_second_machine(num_gpus: int, tmp_path: Path) -> None:
+    variables = {"NUM_NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "host0", "NUM_GPUS": str(num_gpus)}
+    run("train_long.sh", cwd=tmp_path, **stand_in(tmp_path, f'echo "{TOLD}" >"$RANK"'), **variables)
+    for i in range(num_gpus):
+        told = (tmp_path / str(num_gpus + i)).read_text()
+        assert told == f"{num_gpus + i} {i} {2 * num_gpus} {num_gpus} host0 29500\n"
+
+
+@pytest.mark.parametrize(
+    ("death", "code", "reason"),
+    [
+        ("echo why >&2; exit 7", 7, "why\n"),
+        ("kill -KILL $$", 137, "error: process 1 was ended by SIGKILL\n"),
+        ("echo why >&2; kill -ABRT $$", 134, "why\nerror: process 1 was ended by SIGABRT\n"),
+    ],
+)
+def test_a_process_that_fails_ends_training(death: str, code: int, reason: str, tmp_path: Path) -> None:
+    """The others, and what they have started, would hold the captured streams open for ten minutes: they are killed."""
+    body = f"ulimit -c 0\nif ((RANK == 1)); then {death}; fi\necho stays >&2\nsleep 600"
+    failed = run("train_init.sh", cwd=tmp_path, **stand_in(tmp_path, body), NUM_GPUS="3")
+    assert failed.returncode == code
+    assert failed.stderr.replace("stays\n", "", 1) == reason
+
+
+def test_a_process_that_fails_leaves_other_videos_alone(tmp_path: Path) -> None:
+    fails = "if ((RANK == 1)); then touch failed; echo why >&2; exit 7; fi"
+    body = f"{fails}\nuntil [[ -e failed ]]; do sleep 0.01; done\necho made"
+    done = run("inference.sh", cwd=tmp_path, **stand_in(tmp_path, body), NUM_GPUS="2")
+    assert (done.returncode, done.stdout, done.stderr) == (7, "made\n", "why\n")
+
+
+@pytest.mark.parametrize(
+    ("script", "sent", "received"),
+    [
+        ("train_init.sh", signal.SIGTERM, "TERM"),
+        ("train_init.sh", signal.SIGHUP, "TERM"),
+        ("train_init.sh", signal.SIGINT, "INT"),
+        ("inference.sh", signal.SIGTERM, "INT"),
+    ],
+)
+def test_each_process_gets_a_signal_once(script: str, sent: signal.Signals, received: str, tmp_path: Path) -> None:
+    """Ctrl-C goes to the whole group of the script; what a process does about a signal decides how the script ends."""
+    body = """
+        note() { echo "$1" >>"$RANK"; }
+        trap 'note TERM' TERM
+        trap 'note INT' INT
+        note ready
+        if ((RANK == 0)); then until [[ -e 1 ]]; do sleep 0.01; done; echo ready; fi
+        until (($(wc -l <"$RANK") == 2)); do sleep 0.01; done
+    """
+    environment = {**os.environ, **stand_in(tmp_path, body), "NUM_GPUS": "2"}
+    started = subprocess.Popen(
+        ["bash", str(ROOT / script)], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert started.stdout is not None
+    assert started.stdout.readline() == b"ready\n"
+    os.killpg(started.pid, sent)
+    assert started.communicate(timeout=60) == (b"", None)
+    assert started.returncode == 0
+    assert [(tmp_path / rank).read_text() for rank in "01"] == [f"ready\n{received}\n"] * 2

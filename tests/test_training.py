@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from training_world import (
     CPU,
     LATENT,
     LORA,
+    PROMPTS,
     TARGET,
     Pull,
     Setup,
@@ -22,13 +24,15 @@ from training_world import (
     training,
 )
 
+from longlive.flow import add_noise
 from longlive.models.attention import sdpa
-from longlive.models.dit import Remat, WanDiT
+from longlive.models.dit import WanDiT
 from longlive.models.kv_cache import CacheConfig
 from longlive.rollout import Rollout, constant_timesteps
 from longlive.training.checkpoint import read_state
 from longlive.training.distribution_matching import DistributionMatching, Streaming
 from longlive.training.draw import Draw
+from longlive.training.flow_matching import CausalInit, FlowMatching
 from longlive.training.parallel import copy_weights, whole
 from longlive.training.streaming import ChunkNoise, StreamingSequence
 from longlive.training.teacher_forcing import teacher_forced_flow
@@ -36,6 +40,8 @@ from longlive.training.trainer import EMAConfig, Network, NonFiniteError, Optimi
 from longlive.weights.lora import attach_lora
 
 FAST = OptimizerConfig(lr=1e-2, betas=(0.0, 0.99), max_grad_norm=1.0)
+# Two networks that chase each other settle only as their steps become small.
+SETTLING = OptimizerConfig(lr=4e-3, betas=(0.0, 0.99), max_grad_norm=1.0, final_lr_ratio=0.0)
 STILL = OptimizerConfig(lr=0.0)
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -66,59 +72,90 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 
 
 @torch.no_grad()
-def loss_of(trainer: Trainer, network: str, num: int = 16) -> float:
+def loss_of(trainer: Trainer, network: str, num: int = 4) -> float:
     """The mean loss at places in training that are always the same."""
-    return sum(trainer.stage.loss(network, draw_at(n)).value.item() for n in range(num)) / num
+    size = trainer.config.batch_size
+    return sum(trainer.stage.loss(network, draw_at(size * n, size)).value.item() for n in range(num)) / num
 
 
 @torch.no_grad()
-def distance(trainer: Trainer) -> float:
-    """How far new videos, with a switch of the prompt in the middle, are from what the teacher wants."""
+def denoising_error(trainer: Trainer, setup: Setup) -> float:
+    """How far the generator's x0 is from the clips, at the noise level of the last denoising step."""
     stage = trainer.stage
-    assert isinstance(stage, DistributionMatching)
-    rollout = Rollout(stage.players.rollout, stage.sampler, stage.players.rollout.new_cache(stage.config.cache, 5, 4, 4))
-    samples = []
-    for frame, text in ((0, "before"), (6, "after")):
-        rollout.set_text(rollout.model.project_text(embed([f"{text} {number}" for number in range(5)])))
-        for start in range(frame, frame + 6, stage.sampler.config.frames_per_block):
-            draw = draw_at(start, batch_size=5)
-            noise = (stage.sampler.config.frames_per_block, *LATENT)
-            samples.append(rollout.next_block(draw.normal(*noise), lambda i, draw=draw: draw.of(f"{i}").normal(*noise)))
-    return (torch.cat(samples, dim=1) - TARGET).square().mean().item()
+    assert isinstance(stage, FlowMatching)
+    items = list(range(len(PROMPTS)))
+    x0, text = stage.clips.batch(items).latents, embed([PROMPTS[item][0] for item in items])
+    sigma, timestep = sampler_of(setup).sigmas[-1], sampler_of(setup).timesteps[-1]
+    xt = add_noise(x0, draw_at(0, len(items)).normal(*x0.shape[1:]), sigma)
+    timesteps = torch.full(x0.shape[:2], timestep)
+    if isinstance(stage, CausalInit):
+        flow = teacher_forced_flow(stage.generator, xt, x0, timesteps, text, cache_of(setup), setup.block, 0.0, sdpa)
+    else:
+        flow = stage.generator(xt, timesteps, text)
+    return (xt - sigma * flow - x0).square().mean().item()
 
 
-@pytest.mark.parametrize("has_lora", [False, True])
-@pytest.mark.parametrize(("stage", "has_trajectories"), [("pretrain", False), ("causal_init", False), ("causal_init", True)])
-def test_flow_matching_falls(tmp_path: Path, stage: str, has_trajectories: bool, has_lora: bool) -> None:
+@torch.no_grad()
+def videos(stage: DistributionMatching) -> Tensor:
+    """What the generator makes now of all prompts, [5, 12, ...], with a switch in the middle."""
+    model, size, num = stage.players.rollout, len(PROMPTS), stage.sampler.config.frames_per_block
+    rollout = Rollout(model, stage.sampler, model.new_cache(stage.config.cache, size, *LATENT[1:]))
+    blocks = []
+    for half, texts in enumerate(zip(*PROMPTS, strict=True)):
+        rollout.set_text(model.project_text(embed(texts)))
+        for start in range(6 * half, 6 * half + 6, num):
+            draw = draw_at(100 * start, size)
+            fresh = [draw.of(f"renoise {step}").normal(num, *LATENT) for step in range(len(stage.sampler.timesteps))]
+            blocks.append(rollout.next_block(draw.normal(num, *LATENT), fresh.__getitem__))
+    return torch.cat(blocks, dim=1)
+
+
+@torch.no_grad()
+def critic_error(stage: DistributionMatching) -> float:
+    """How far the critic's x0 is from the generator's samples, in the middle of the noise levels."""
+    samples = videos(stage)[:, : stage.config.num_frames]
+    noise = draw_at(0, len(samples)).normal(*samples.shape[1:])
+    noised = stage.dmd.noised(samples, torch.full((len(samples), 1), 300.0), noise)
+    text = embed([before for before, _ in PROMPTS])
+    return (stage.dmd.predict_x0(stage.players.critic, noised, text) - samples).square().mean().item()
+
+
+@pytest.mark.parametrize("has_lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("stage", "has_trajectories"), [("pretrain", False), ("causal_init", False), ("causal_init", True)]
+)
+def test_clips_are_learnt(tmp_path: Path, stage: str, has_trajectories: bool, has_lora: bool) -> None:
     setup = Setup(
-        stage, num_steps=40, batch_size=2, has_lora=has_lora, generator=FAST, has_trajectories=has_trajectories
+        stage, num_steps=25, batch_size=2, has_lora=has_lora, generator=FAST, has_trajectories=has_trajectories
     )
     with training(setup, tmp_path) as trainer:
-        before = loss_of(trainer, "generator")
+        before = loss_of(trainer, "generator"), denoising_error(trainer, setup)
         assert trainer.fit()
-        after = loss_of(trainer, "generator")
-    assert after < (0.75 if has_lora else 0.5) * before, (before, after)
+        after = loss_of(trainer, "generator"), denoising_error(trainer, setup)
+    for one, other in zip(after, before, strict=True):
+        assert one < (0.75 if has_lora else 0.5) * other, (before, after)
 
 
-@pytest.mark.parametrize("has_lora", [False, True])
+@pytest.mark.parametrize("has_lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("stage", ["self_forcing", "streaming"])
 def test_samples_come_to_what_the_teacher_wants(tmp_path: Path, stage: str, has_lora: bool) -> None:
-    setup = Setup(stage, num_steps=30, batch_size=2, has_lora=has_lora, generator=FAST, critic=FAST)
+    generator = replace(SETTLING, lr=1.5e-2) if has_lora else SETTLING
+    setup = Setup(stage, num_steps=30, batch_size=2, has_lora=has_lora, generator=generator, critic=SETTLING)
     with training(setup, tmp_path) as trainer:
-        before = distance(trainer)
+        assert isinstance(trainer.stage, DistributionMatching)
+        before = (videos(trainer.stage) - TARGET).square().mean().item()
         assert trainer.fit()
-        after = distance(trainer)
+        after = (videos(trainer.stage) - TARGET).square().mean().item()
         if isinstance(trainer.stage, Streaming):
             assert trainer.stage.num_items_used > 2 * setup.batch_size  # sequences end and begin on the way
-    assert after < (0.7 if has_lora else 0.5) * before, (before, after)
+    assert after < (0.65 if has_lora else 0.5) * before, (before, after)
 
 
-@pytest.mark.parametrize("has_lora", [False, True])
-@pytest.mark.parametrize("stage", ["self_forcing", "streaming"])
+@pytest.mark.parametrize(("stage", "has_lora"), [("self_forcing", False), ("streaming", True)])
 def test_the_critic_learns_the_samples(tmp_path: Path, stage: str, has_lora: bool) -> None:
     setup = Setup(
         stage,
-        num_steps=30,
+        num_steps=20,
         batch_size=2,
         has_lora=has_lora,
         generator=STILL,
@@ -126,22 +163,23 @@ def test_the_critic_learns_the_samples(tmp_path: Path, stage: str, has_lora: boo
         critic_steps_per_generator_step=100,
     )
     with training(setup, tmp_path) as trainer:
-        before = loss_of(trainer, "critic")
+        assert isinstance(trainer.stage, DistributionMatching)
+        before = loss_of(trainer, "critic"), critic_error(trainer.stage)
         assert trainer.fit()
-        after = loss_of(trainer, "critic")
-    assert after < (0.85 if has_lora else 0.7) * before, (before, after)
+        after = loss_of(trainer, "critic"), critic_error(trainer.stage)
+    for one, other in zip(after, before, strict=True):
+        assert one < (0.85 if has_lora else 0.7) * other, (before, after)
 
 
 # --- teacher forcing is the cache -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("window", "sink", "block"), [(12, 3, 3), (4, 1, 1), (4, 1, 2), (5, 3, 1), (7, 4, 2), (3, 0, 3), (8, 3, 2), (-1, 2, 2)]
+    ("window", "sink", "block"),
+    [(12, 3, 3), (4, 1, 1), (4, 1, 2), (5, 3, 1), (7, 4, 2), (3, 0, 3), (8, 3, 2), (-1, 2, 2)],
 )
 @pytest.mark.parametrize("context_timestep", [0.0, 100.0])
-def test_teacher_forcing_sees_what_the_cache_shows(
-    window: int, sink: int, block: int, context_timestep: float
-) -> None:
+def test_teacher_forcing_sees_what_the_cache_shows(window: int, sink: int, block: int, context_timestep: float) -> None:
     model, config, num_frames = tiny_dit(), CacheConfig(window, sink), 12
     clean, noisy = torch.randn(2, 2, num_frames, *LATENT)
     text = embed(["one", "two"])
@@ -162,22 +200,21 @@ def test_teacher_forcing_sees_what_the_cache_shows(
 
 
 def chunks_with_gradient(setup: Setup, folder: Path) -> tuple[list[float], list[dict[str, Tensor]]]:
-    """The generator's loss and gradients on four chunks, its weights updated between them."""
+    """The generator's loss and gradients on three chunks, its weights updated between them."""
     losses, found = [], []
     with training(setup, folder) as trainer:
         network = trainer.networks["generator"]
-        for step in range(4):
+        for step in range(3):
             loss = trainer.stage.loss("generator", draw_at(step)).value
             loss.backward()
             losses.append(loss.item())
             found.append(gradients(network))
-            network.update(step, 4)
+            network.update(step, 3)
             trainer.stage.updated("generator")
     return losses, found
 
 
-@pytest.mark.parametrize("has_lora", [False, True])
-@pytest.mark.parametrize("policy", ["keep", "rewrite"])
+@pytest.mark.parametrize(("policy", "has_lora"), [("keep", False), ("rewrite", True)])
 def test_what_is_computed_again_is_the_same(tmp_path: Path, policy: str, has_lora: bool) -> None:
     """The window is shorter than a chunk, so that the ring goes round between a pass and its backward pass."""
     results = {}
@@ -189,7 +226,7 @@ def test_what_is_computed_again_is_the_same(tmp_path: Path, policy: str, has_lor
             window=3,
             block=1,
             min_new_frames=5,
-            max_frames=21,
+            max_frames=16,
             switches=(13,),
             policy=policy,  # type: ignore[arg-type]
         )
@@ -264,7 +301,7 @@ def plain_twin(network: Network, has_lora: bool) -> WanDiT:
 @pytest.mark.parametrize("has_lora", [False, True])
 def test_rolling_out_on_a_copy_changes_nothing(tmp_path: Path, has_lora: bool) -> None:
     """Samples and gradients are those of one plain model that makes all passes; a switch in the second chunk."""
-    setup = Setup("streaming", has_lora=has_lora, generator=FAST)
+    setup = Setup("streaming", batch_size=2, has_lora=has_lora, generator=FAST)
     with training(setup, tmp_path) as trainer:
         after_steps(trainer, 2)
         stage, network = trainer.stage, trainer.networks["generator"]
@@ -274,9 +311,9 @@ def test_rolling_out_on_a_copy_changes_nothing(tmp_path: Path, has_lora: bool) -
         prompts = [embed(["one", "two"]), embed(["three", "four"])]
         ours = StreamingSequence(stage._new_rollout(2), prompts, 8, network.module)  # type: ignore[arg-type]
         theirs = StreamingSequence(rollout, prompts, 8)
-        for exits in ([0, 2, 1], [2, 1, 0]):
+        for exits in ([0, 1, 1], [1, 1, 0]):
             shape = (2, setup.block * len(exits), *LATENT)
-            noise = ChunkNoise(torch.randn(shape), [torch.randn(shape) for _ in range(2)], None, exits)
+            noise = ChunkNoise(torch.randn(shape), [torch.randn(shape)], None, exits)
             made, expected = ours.generate(noise), theirs.generate(noise)
             torch.testing.assert_close(made, expected, **CLOSE)
             cotangent = torch.randn(shape)
@@ -428,24 +465,24 @@ def poison(trainer: Trainer, network: str) -> None:
     ("bad", "match"),
     [
         ("teacher", "step 3: generator: loss is NaN or infinite"),
-        ("generator", r"step 3: generator: gradient of \S+, \S+, head\.head\.\S+ is NaN or infinite"),
         ("critic", r"step 3: critic: gradient of \S+, \S+, \S+ is NaN or infinite"),
     ],
+    ids=["teacher", "critic"],
 )
 def test_a_run_that_broke_says_where_and_keeps_its_checkpoint(tmp_path: Path, bad: str, match: str) -> None:
     # The teacher is asked twice in a step, with the prompt and without.
     teacher = Pull(breaks_at=5 if bad == "teacher" else None)
-    setup = Setup(num_steps=5, save_interval=1, critic_steps_per_generator_step=1, teacher=teacher)
+    setup = Setup(num_steps=5, save_interval=2, critic_steps_per_generator_step=1, teacher=teacher)
     with training(setup, tmp_path) as trainer:
         good: dict[str, Tensor] = {}
 
         def sample(step: int) -> None:
             good.update(trainer_values(trainer))
-            if step == 2 and bad != "teacher":
+            if bad == "critic":
                 poison(trainer, bad)
 
         trainer.sample = sample
-        trainer.config = type(trainer.config)(**{**trainer.config.__dict__, "sample_interval": 1})
+        trainer.config = replace(trainer.config, sample_interval=2)
         with pytest.raises(NonFiniteError, match=f"^{match}; the last good checkpoint is .*step_000002$"):
             trainer.fit()
         unchanged = [name for name in good if not name.startswith("generator.") or bad != "critic"]

@@ -76,9 +76,9 @@ class Setup:
     num_rounds: int = 1
     save_interval: int = 0
     has_lora: bool = False
-    generator: OptimizerConfig = OptimizerConfig(lr=1e-3)
-    critic: OptimizerConfig = OptimizerConfig(lr=1e-3)
-    ema: EMAConfig = EMAConfig()
+    generator: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-3))
+    critic: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-3))
+    ema: EMAConfig = field(default_factory=EMAConfig)
     teacher: Score = field(default_factory=Pull)
     remat: Remat = "none"
     shard_size: int | None = None
@@ -106,7 +106,7 @@ def weights(seed: int) -> Weights:
 
 
 def sampler_of(setup: Setup) -> Sampler:
-    return Sampler(SamplerConfig(steps=(1000, 600, 300), frames_per_block=setup.block))
+    return Sampler(SamplerConfig(steps=(1000, 500), frames_per_block=setup.block))
 
 
 def cache_of(setup: Setup) -> CacheConfig:
@@ -124,7 +124,7 @@ class ToyClips:
         return len(PROMPTS)
 
     def batch(self, items: Sequence[int]) -> ClipBatch:
-        x0 = torch.stack([torch.full((self.num_frames, *LATENT), 0.2 * item - 0.4) for item in items])
+        x0 = torch.stack([torch.full((self.num_frames, *LATENT), 0.4 + 0.2 * item) for item in items])
         noise = torch.stack([self._noise(item) for item in items])
         states = [add_noise(x0, noise, sigma) for sigma in self.sampler.sigmas] if self.sampler is not None else []
         return ClipBatch([PROMPTS[item][0] for item in items], x0, torch.stack(states, dim=1) if states else None)
@@ -223,8 +223,8 @@ def draw_at(position: int, batch_size: int = 1) -> Draw:
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
-def train(setup: Setup, folder: Path, prepare: Callable[[Trainer], None] | None = None) -> None:
-    """What a process does: train from the newest checkpoint to the end, or until a signal. prepare: done before."""
+def train(setup: Setup, folder: Path, disturb: Callable[[Trainer], None] | None = None) -> None:
+    """What a process does: train from the newest checkpoint to the end. disturb: prepares for what will stop it."""
     with process_group(CPU, setup.shard_size) as group:
         trainer = make_trainer(setup, group, folder)
         latest = trainer.checkpoints.latest()
@@ -233,9 +233,9 @@ def train(setup: Setup, folder: Path, prepare: Callable[[Trainer], None] | None 
         if group.is_main:
             start = trainer.progress.step
             trainer.metrics = Metrics(folder, tensorboard=False, wandb_project=None, config={}, start_step=start)
-        if prepare is not None:
-            prepare(trainer)
-        trainer.fit()
+        if disturb is not None:
+            disturb(trainer)
+        assert trainer.fit() == (disturb is None)
         trainer.checkpoints.close()
 
 

@@ -71,7 +71,9 @@ class FlowMatching(Stage):
             batch = self.clips.batch([self.order[sample] for sample in draw.samples])
             latents = batch.latents.to(draw.device)
             trajectory = None if batch.trajectory is None else batch.trajectory.to(draw.device)
-            text = self.encode_prompts(self._prompts(batch.prompts, draw))
+            # Where a guided trajectory ends depends on its prompt: without it there is nothing to learn there.
+            prompts = batch.prompts if trajectory is not None else self._prompts(batch.prompts, draw)
+            text = self.encode_prompts(prompts)
         with self.clock.part("forward"):
             loss, timesteps = self._loss(latents, trajectory, text, draw)
         return Loss(loss, {"timestep": timesteps.mean()}, latents.shape[0] * latents.shape[1])
