@@ -174,7 +174,8 @@ def _run_train(argv: Sequence[str]) -> None:
     from longlive.training.trainer import NonFiniteError
 
     try:
-        run_training(config)
+        if not run_training(config):
+            logging.getLogger("longlive").info("stopped as asked; the same command goes on from the last checkpoint")
     except NonFiniteError as error:
         raise BrokenRunError(str(error)) from error
     except RuntimeError as error:

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from longlive import cli
-from longlive.config import InferenceConfig, config_keys
+from longlive.config import InferenceConfig, Section, config_keys
 from longlive.errors import InputError
+from longlive.train_config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -83,6 +84,11 @@ def test_failures_the_user_can_mend(error: Exception, line: str, capsys: pytest.
     assert capsys.readouterr().err == line
 
 
+def test_a_broken_run_is_no_mistake_of_the_user(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.exit_code(lambda: fail_with(cli.BrokenRunError("step 3: loss"))) == 1
+    assert capsys.readouterr().err == "error: step 3: loss\n"
+
+
 def test_interruption(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.exit_code(lambda: fail_with(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err.startswith("interrupted; the same command goes on")
@@ -94,13 +100,15 @@ def test_bugs_keep_their_traceback(error: Exception) -> None:
         cli.exit_code(lambda: fail_with(error))
 
 
-@pytest.mark.parametrize("command", ["inference", "interactive"])
-def test_help_lists_every_key(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("command", "schema"), [("inference", InferenceConfig), ("interactive", InferenceConfig), ("train", TrainConfig)]
+)
+def test_help_lists_every_key(command: str, schema: type[Section], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main([command, "--help"])
     assert caught.value.code == 0
     lines = capsys.readouterr().out.splitlines()
-    for key in config_keys(InferenceConfig).values():
+    for key in config_keys(schema).values():
         assert f"  {key.name}  {key.type_name}, {key.default_text}" in lines
     assert any("relative to the working directory" in line for line in lines)
 
@@ -111,7 +119,7 @@ def test_help_lists_the_commands(argv: list[str], capsys: pytest.CaptureFixture[
         cli.main(argv)
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    assert all(f"\n  {name} " in out for name in ("inference", "interactive", "convert"))
+    assert all(f"\n  {name} " in out for name in cli.COMMANDS)
 
 
 @pytest.mark.parametrize(("rank", "level"), [("0", logging.INFO), ("1", logging.WARNING)])
@@ -133,8 +141,9 @@ def test_processes_from_any_directory(tmp_path: Path) -> None:
     assert wrong.stderr == "error: command line: unknown key 'sede'; did you mean 'seed'?\n"
 
 
-def test_help_needs_no_heavy_module(tmp_path: Path) -> None:
-    done = run(tmp_path, "-X", "importtime", "-m", "longlive", "inference", "--help")
+@pytest.mark.parametrize("command", ["inference", "train", "export", "plot"])
+def test_help_needs_no_heavy_module(command: str, tmp_path: Path) -> None:
+    done = run(tmp_path, "-X", "importtime", "-m", "longlive", command, "--help")
     assert done.returncode == 0
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "longlive.config" in imported

@@ -39,9 +39,10 @@ from longlive.training.teacher_forcing import teacher_forced_flow
 from longlive.training.trainer import EMAConfig, Network, NonFiniteError, OptimizerConfig, Trainer
 from longlive.weights.lora import attach_lora
 
-FAST = OptimizerConfig(lr=1e-2, betas=(0.0, 0.99), max_grad_norm=1.0)
-# Two networks that chase each other settle only as their steps become small.
-SETTLING = OptimizerConfig(lr=4e-3, betas=(0.0, 0.99), max_grad_norm=1.0, final_lr_ratio=0.0)
+# Steps that become small let two networks that chase each other settle.
+FAST = OptimizerConfig(lr=1e-2, betas=(0.0, 0.99), max_grad_norm=1.0, final_lr_ratio=0.0)
+SLOWER = replace(FAST, lr=4e-3)
+FASTER = replace(FAST, lr=1.5e-2)
 STILL = OptimizerConfig(lr=0.0)
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -136,11 +137,10 @@ def test_clips_are_learnt(tmp_path: Path, stage: str, has_trajectories: bool, ha
         assert one < (0.75 if has_lora else 0.5) * other, (before, after)
 
 
-@pytest.mark.parametrize("has_lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("stage", ["self_forcing", "streaming"])
+@pytest.mark.parametrize(("stage", "has_lora"), [("self_forcing", False), ("streaming", False), ("streaming", True)])
 def test_samples_come_to_what_the_teacher_wants(tmp_path: Path, stage: str, has_lora: bool) -> None:
-    generator = replace(SETTLING, lr=1.5e-2) if has_lora else SETTLING
-    setup = Setup(stage, num_steps=30, batch_size=2, has_lora=has_lora, generator=generator, critic=SETTLING)
+    generator = FASTER if has_lora else SLOWER
+    setup = Setup(stage, num_steps=30, batch_size=2, has_lora=has_lora, generator=generator, critic=SLOWER)
     with training(setup, tmp_path) as trainer:
         assert isinstance(trainer.stage, DistributionMatching)
         before = (videos(trainer.stage) - TARGET).square().mean().item()
@@ -155,7 +155,7 @@ def test_samples_come_to_what_the_teacher_wants(tmp_path: Path, stage: str, has_
 def test_the_critic_learns_the_samples(tmp_path: Path, stage: str, has_lora: bool) -> None:
     setup = Setup(
         stage,
-        num_steps=20,
+        num_steps=24,
         batch_size=2,
         has_lora=has_lora,
         generator=STILL,
@@ -168,7 +168,7 @@ def test_the_critic_learns_the_samples(tmp_path: Path, stage: str, has_lora: boo
         assert trainer.fit()
         after = loss_of(trainer, "critic"), critic_error(trainer.stage)
     for one, other in zip(after, before, strict=True):
-        assert one < (0.85 if has_lora else 0.7) * other, (before, after)
+        assert one < 0.8 * other, (before, after)
 
 
 # --- teacher forcing is the cache -------------------------------------------------------------------------------------
@@ -451,14 +451,14 @@ def trainer_values(trainer: Trainer) -> dict[str, Tensor]:
     return values(found)
 
 
-def poison(trainer: Trainer, network: str) -> None:
-    """From now on, the gradient at the output of a network's head is NaN, its loss is not."""
+def poison_critic(trainer: Trainer) -> None:
+    """From now on the gradient at the critic's output is NaN, its loss is not."""
 
     def poisoned(module: nn.Module, inputs: object, output: Tensor) -> None:
         if output.requires_grad:
             output.register_hook(lambda gradient: gradient * torch.nan)
 
-    trainer.networks[network].module.head.register_forward_hook(poisoned)  # type: ignore[union-attr]
+    trainer.networks["critic"].module.head.register_forward_hook(poisoned)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -479,7 +479,7 @@ def test_a_run_that_broke_says_where_and_keeps_its_checkpoint(tmp_path: Path, ba
         def sample(step: int) -> None:
             good.update(trainer_values(trainer))
             if bad == "critic":
-                poison(trainer, bad)
+                poison_critic(trainer)
 
         trainer.sample = sample
         trainer.config = replace(trainer.config, sample_interval=2)
