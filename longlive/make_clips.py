@@ -28,7 +28,7 @@ from longlive.models.dit import WanDiT
 from longlive.models.text_encoder import TextEncoder
 from longlive.models.vae import WanVAE
 from longlive.rollout import Sampler, SamplerConfig
-from longlive.train import existing_folder, read_network
+from longlive.train_inputs import existing_folder, read_network
 from longlive.training.dmd import Score
 from longlive.training.draw import derived_seed
 from longlive.training.networks import Weights

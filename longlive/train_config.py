@@ -223,9 +223,11 @@ class TrainConfig(Section):
                     f"streaming_min_new_frame={new}, streaming_chunk_size={self.clip_frames}, streaming_max_length="
                     f"{self.streaming_max_length}: each must be less than the next"
                 )
-        for name, frames in lengths.items():
-            if self.stage in CAUSAL and frames % block:
-                raise InputError(f"{name}={frames}: must be a multiple of num_frame_per_block={block}")
+        wrong = [f"{name}={frames}" for name, frames in lengths.items() if self.stage in CAUSAL and frames % block]
+        if self.vis_interval and any(frames % block or frames < 1 for frames in self.vis_video_lengths):
+            wrong.append(f"vis_video_lengths={list(self.vis_video_lengths)}")
+        if wrong:
+            raise InputError(f"{wrong[0]}: must be a multiple of num_frame_per_block={block}")
         if -1 != model.local_attn_size < model.sink_size + block:
             raise InputError(
                 f"model_kwargs.local_attn_size={model.local_attn_size}: must be -1 or hold the sink and one block, at "
@@ -233,7 +235,7 @@ class TrainConfig(Section):
             )
         if model.use_infinite_attention:
             raise InputError(
-                "model_kwargs.use_infinite_attention=true: training uses absolute positions; generate with relative ones"
+                "model_kwargs.use_infinite_attention=true: training uses absolute positions, generating may use others"
             )
         if self.stage in ("causal_init", "pretrain", "vae") and self.clips_path is None:
             raise InputError(f"clips_path is not given, and stage={self.stage} trains on clips")

@@ -3,9 +3,9 @@
     python scripts/benchmark_training.py [key=value ...] [--cycles 1]
     torchrun --nproc-per-node 4 scripts/benchmark_training.py [key=value ...]
 
-A cycle is one generator update and five critic updates (dfake_gen_update_ratio). By default, at full size: generator and
-critic of 1.3B with LoRA of rank 256, a teacher of 14B, 480×832, clips of 21 latent frames, exit at the last step; any
-key of the training configuration can be given. Prompts are random embeddings: no text encoder takes part.
+A cycle is one generator update and five critic updates (dfake_gen_update_ratio). By default, at full size: generator
+and critic of 1.3B with LoRA of rank 256, a teacher of 14B, 480×832, clips of 21 latent frames, exit at the last step;
+any key of the training configuration can be given. Prompts are random embeddings: no text encoder takes part.
 
 Times are medians over the measured cycles, in seconds per cycle; "parts" come from the trainer's own clock. Memory is
 the peak of one process during the measured cycles.
@@ -28,8 +28,10 @@ from longlive.config import load_config
 from longlive.models.dit import PRESETS, DiTConfig, WanDiT
 from longlive.models.text_encoder import TextEncoder, TextEncoderConfig, byte_tokens
 from longlive.models.vae import VAEConfig, WanVAE
-from longlive.train import Inputs, make_trainer, run_identity
+from longlive.train import run_identity
+from longlive.train_build import make_trainer
 from longlive.train_config import TrainConfig, translate_published
+from longlive.train_inputs import Inputs
 from longlive.training.checkpoint import Checkpoints
 from longlive.training.networks import Weights
 from longlive.training.parallel import process_group
@@ -126,7 +128,9 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="1.3B", help="generator and critic")
     parser.add_argument("--teacher", choices=PRESETS, default="14B")
     parser.add_argument("--cycles", type=int, default=1, help="measured cycles; 0 = only the step to warm up")
-    parser.add_argument("--checkpoint", type=Path, help="folder: resume from its checkpoint if it has one, and save one")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="folder: resume from its checkpoint if it has one, and save one"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
     config, _ = load_config(TrainConfig, os.devnull, [*FULL_SIZE, *args.overrides], translate_published)

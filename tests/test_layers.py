@@ -15,7 +15,10 @@ LAYERS = (
     ("models",),
     ("rollout", "quantize", "weights", "data"),
     ("inference", "training"),
-    ("config", "build", "train_config", "train_samples", "train", "clips_config", "make_clips"),
+    (
+        *("config", "build", "train_config", "train_inputs", "train_build", "train_samples", "train"),
+        *("clips_config", "make_clips"),
+    ),
     ("eval", "web"),
     ("cli", "__main__"),
 )

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -199,8 +198,15 @@ def test_a_run_beyond_memory(folder: Path, tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().err.endswith(f"error: {cli.TRAINING_OUT_OF_MEMORY}\n")
 
 
+SCRIPT = ("bash", str(ROOT / "train_init.sh"))
+TORCHRUN = (
+    *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+    *("-m", "longlive", "train"),
+)
+
+
 def start(
-    folder: Path, *settings: str, launcher: Sequence[str] = ("bash", str(ROOT / "train_init.sh")), **variables: str
+    folder: Path, *settings: str, launcher: tuple[str, ...] = SCRIPT, **variables: str
 ) -> "subprocess.Popen[bytes]":
     """Training on two processes."""
     environment = {"LONGLIVE_PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NUM_GPUS": "2"}
@@ -229,10 +235,10 @@ def finish(process: "subprocess.Popen[bytes]") -> tuple[int, str]:
     return process.returncode, told
 
 
+@pytest.mark.slow
 def test_torchrun_and_the_script_take_turns(folder: Path, tmp_path: Path) -> None:
     """Any starter goes on from what another has saved; SIGTERM saves and is a success."""
-    torchrun = (sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2 -m longlive train".split())
-    code, told = finish(start(folder, f"logdir={tmp_path}", launcher=torchrun))
+    code, told = finish(start(folder, f"logdir={tmp_path}", launcher=TORCHRUN))
     assert code == 0, told
     script = start(folder, f"logdir={tmp_path}", "max_iters=1000")
     read_to(script, b"going on after step 1 of 1000")
@@ -246,6 +252,7 @@ def test_torchrun_and_the_script_take_turns(folder: Path, tmp_path: Path) -> Non
     assert latest.name > "step_000001"
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_others(folder: Path, tmp_path: Path) -> None:
     noting = stand_in(tmp_path, f'echo $$ >"{tmp_path}/$RANK"; exec {sys.executable} "$@"')
     script = start(folder, f"logdir={tmp_path / 'run'}", "max_iters=1000", **noting)
@@ -264,6 +271,8 @@ def test_a_process_that_fails_alone_speaks(folder: Path, tmp_path: Path) -> None
     assert (code, told) == (2, f"error: {folder / 'none.txt'}: cannot be read (No such file or directory)\n")
 
 
-def test_processes_that_fail_alike_speak_once(folder: Path) -> None:
-    code, told = finish(start(folder, "logdir=one.txt"))
-    assert (code, told) == (2, f"error: {folder / 'one.txt'}: cannot be written (File exists)\n")
+@pytest.mark.parametrize("launcher", [SCRIPT, TORCHRUN])
+def test_processes_that_fail_alike_speak_once(launcher: tuple[str, ...], folder: Path) -> None:
+    code, told = finish(start(folder, "heigth=17", launcher=launcher))
+    assert code != 0
+    assert told.count("error: command line: unknown key 'heigth'") == 1

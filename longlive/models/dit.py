@@ -339,7 +339,8 @@ class WanDiT(nn.Module):
     def _unpatchify(self, x: Tensor, latents: Tensor) -> Tensor:
         """[B, F, S, p q C] -> [B, F, C, height, width]; the channel is the fastest index of a token."""
         _, p, q = self.config.patch_size
-        return rearrange(x, "b f (h w) (p q c) -> b f c (h p) (w q)", h=latents.shape[3] // p, p=p, q=q)
+        x = rearrange(x, "b f (h w) (p q c) -> b f c (h p) (w q)", h=latents.shape[3] // p, p=p, q=q)
+        return x.contiguous()
 
 
 def init_weights(model: WanDiT) -> None:

@@ -80,7 +80,7 @@ class DMD:
         """
         with torch.no_grad():
             scale = (samples - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
-            gradient = torch.nan_to_num((fake - real) / scale)
+            gradient = (fake - real) / scale
             target = (samples - gradient).double()
         return 0.5 * masked_mean((samples.double() - target).square(), mask), gradient.abs().mean()
 

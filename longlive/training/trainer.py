@@ -74,13 +74,12 @@ class Network:
         self.config = optimizer
         self.ema_config = ema
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        is_fused = next(iter(self.parameters.values())).device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
             lr=optimizer.lr,
             betas=optimizer.betas,
             weight_decay=optimizer.weight_decay,
-            fused=is_fused or None,
+            fused=True,
         )
         self.ema = EMA(self.parameters.values(), ema.decay) if ema.decay else None
 
@@ -90,11 +89,14 @@ class Network:
         step: number of the step, from 0. Raises NonFiniteError, nothing changed, when the norm is no number.
         """
         config = self.config
-        norm = whole(nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)).item()
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        total = whole(nn.utils.get_total_norm(gradients))
+        norm = total.item()
         if not math.isfinite(norm):
             raise NonFiniteError(self._name_non_finite())
+        nn.utils.clip_grads_with_norm_(self.parameters.values(), config.max_grad_norm, total)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.lr_at(step, num_steps)
+            group |= {"lr": config.lr_at(step, num_steps), "betas": config.betas, "weight_decay": config.weight_decay}
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
