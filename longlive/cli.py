@@ -96,7 +96,7 @@ def _fail(message: str, code: int = 2) -> int:
     return code
 
 
-def _as_one_of_many(command: Callable[[], None]) -> None:
+def as_one_of_many(command: Callable[[], None]) -> None:
     """Run the command of a process that works with others; where it fails, end the process at once.
 
     A normal exit would wait for threads that wait for the other processes. When one process fails, whatever started
@@ -159,7 +159,7 @@ def _interactive(argv: Sequence[str]) -> None:
 def _train(argv: Sequence[str]) -> None:
     """train a generator: stage by stage, resuming where it stopped"""
     if world_size() > 1:
-        _as_one_of_many(lambda: _run_train(argv))
+        as_one_of_many(lambda: _run_train(argv))
     else:
         _run_train(argv)
 

@@ -156,3 +156,22 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
     done = run(tmp_path, "-m", "longlive", "inference", "--help", stdout=write_end)
     os.close(write_end)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [("ZeroDivisionError('bug')", 1, "ZeroDivisionError: bug"), ("InputError('no')", 2, "error: no")],
+)
+def test_one_of_many_leaves_though_threads_live(error: str, code: int, told: str, tmp_path: Path) -> None:
+    """A normal exit would wait for the thread for ever."""
+    program = f"""
+import threading
+from longlive.cli import InputError, as_one_of_many
+threading.Thread(target=threading.Event().wait).start()
+def command():
+    raise {error}
+as_one_of_many(command)
+"""
+    done = run(tmp_path, "-c", program)
+    assert done.returncode == code
+    assert done.stderr.endswith(f"{told}\n")

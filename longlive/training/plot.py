@@ -104,18 +104,18 @@ def _draw(panels: _Panels, title: str, out: Path) -> None:
     num_rows = -(-len(panels) // num_columns)
     figure = Figure(figsize=(4.8 * num_columns, 0.6 + 2.9 * num_rows), dpi=120, layout="constrained")
     figure.suptitle(title, fontsize=12, fontweight="bold")
+    labels = dict.fromkeys(label for lines in panels.values() for label in lines if label not in _NETWORK_COLOURS)
+    colours = _NETWORK_COLOURS | {label: _COLOURS[i % len(_COLOURS)] for i, label in enumerate(labels)}
     for number, (name, lines) in enumerate(panels.items(), start=1):
-        _draw_panel(figure.add_subplot(num_rows, num_columns, number), name, lines)
+        _draw_panel(figure.add_subplot(num_rows, num_columns, number), name, lines, colours)
     figure.supxlabel("step", fontsize=10)
     with atomic_file(out) as file:
         figure.savefig(file, format=out.suffix[1:])
 
 
-def _draw_panel(axes: "Axes", name: str, lines: dict[str, _Curve]) -> None:
+def _draw_panel(axes: "Axes", name: str, lines: dict[str, _Curve], colours: dict[str, str]) -> None:
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-    others = (label for label in lines if label not in _NETWORK_COLOURS)
-    colours = _NETWORK_COLOURS | {label: _COLOURS[i % len(_COLOURS)] for i, label in enumerate(others)}
     for label, curve in lines.items():
         _draw_curve(axes, label, curve, colours[label])
     if _may_span_decades(name) and _spans_decades(lines):
@@ -130,7 +130,7 @@ def _draw_panel(axes: "Axes", name: str, lines: dict[str, _Curve]) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#b0b0b0")
-    if len(lines) > 1:
+    if len(lines) > 1 or not any(label in name for label in lines):
         legend = axes.legend(fontsize=8, edgecolor="none", framealpha=0.75)
         for handle in legend.legend_handles:
             if handle is not None:
