@@ -40,6 +40,7 @@ from longlive.weights.files import atomic_file, shorten, write_json
 log = logging.getLogger(__name__)
 
 
+CONFIG = "train_config.json"
 VAE_FILE = "vae.safetensors"
 NUM_STATISTICS_CLIPS = 256
 
@@ -89,7 +90,7 @@ def run_training(config: TrainConfig) -> bool:
 
 def export_folder(folder: Path, checkpoint: Path | None) -> None:
     """Write the weights of a checkpoint of the run in `folder`, by default the newest. Raises InputError."""
-    config = replace(load_train_config(folder / "config.json"), logdir=str(folder.absolute()))
+    config = replace(load_train_config(folder / CONFIG), logdir=str(folder.absolute()))
     checkpoint = checkpoint or find_latest(folder / "checkpoints")
     if checkpoint is None:
         raise InputError(f"{folder}: holds no checkpoint yet")
@@ -104,7 +105,7 @@ def read_job(config: TrainConfig) -> Job:
 def open_metrics(config: TrainConfig, start_step: int) -> Metrics:
     """The run's log, and its configuration beside it."""
     folder = Path(config.logdir)
-    write_json(folder / "config.json", to_dict(config))
+    write_json(folder / CONFIG, to_dict(config))
     return Metrics(
         folder,
         tensorboard=config.tensorboard,

@@ -50,6 +50,8 @@ class Inputs:
 def read_inputs(config: TrainConfig) -> Inputs:
     """Read what a run needs. Raises InputError for what is missing, does not fit or cannot be read."""
     prompts, clips = read_data(config)
+    if config.preset is not None and config.generator_ckpt is not None:
+        raise InputError(f"preset={config.preset}: generator_ckpt names weights to begin with; use generator_ckpt=null")
     start = None if config.preset else read_start(config)
     folder = None
     if config.model_name != BUILTIN:

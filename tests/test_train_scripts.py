@@ -166,7 +166,7 @@ def test_processes_that_do_not_divide(settings: dict[str, int], words: str, monk
     ("argv", "words"),
     [
         (["export"], "required: RUN"),
-        (["export", "{}/none"], "{}/none/config.json: cannot read"),
+        (["export", "{}/none"], "{}/none/train_config.json: cannot read"),
         (["export", "{}/run", "--checkpoint", "{}/none"], "{}/none: no such checkpoint"),
         (["export", "{}/young"], "{}/young: holds no checkpoint yet"),
         (["plot"], "required: RUN"),
@@ -178,7 +178,7 @@ def test_processes_that_do_not_divide(settings: dict[str, int], words: str, monk
 def test_export_and_plot(argv: list[str], words: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     young = folder / "young"
     young.mkdir(exist_ok=True)
-    (young / "config.json").write_bytes((folder / "run" / "config.json").read_bytes())
+    (young / "train_config.json").write_bytes((folder / "run" / "train_config.json").read_bytes())
     (young / "metrics.jsonl").write_text("")
     assert words.replace("{}", str(folder)) in failure([part.replace("{}", str(folder)) for part in argv], capsys)
 

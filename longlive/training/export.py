@@ -19,7 +19,8 @@ from longlive.models.vae import VAEConfig, WanVAE
 from longlive.training.checkpoint import read_keys, read_state
 from longlive.training.networks import Weights
 from longlive.training.vae_stage import with_latent_statistics
-from longlive.weights.files import StateDict, atomic_file, write_safetensors
+from longlive.weights.convert import wan_dit_config
+from longlive.weights.files import StateDict, atomic_file, write_json, write_safetensors
 from longlive.weights.lora import merge_lora, parse_lora
 
 GENERATOR, CRITIC = "generator.safetensors", "critic.safetensors"
@@ -56,6 +57,7 @@ def export(checkpoint: Path, folder: Path, generator: Weights, critic: Weights |
         written.append(folder / LORA)
         _write_pickle(written[-1], {f"{entry}_lora": state for entry, state in loras.items()})
     if whole:
+        write_json(folder / "config.json", wan_dit_config(generator.config))  # which the layout has no room for
         written.append(folder / BASE)
         _write_pickle(
             written[-1],

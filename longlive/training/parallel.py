@@ -5,7 +5,6 @@ code. Masters are float32; a forward pass gathers a block's weights in the compu
 With hybrid sharding each group of `shard_size` processes (a node) holds one copy, and copies are kept equal.
 """
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from longlive.distributed import world_size
 from longlive.errors import InputError
 from longlive.models.dit import WanDiT
 from longlive.quantize import FLOAT8
@@ -75,15 +75,16 @@ def process_group(device: torch.device, shard_size: int | None = None) -> Iterat
     shard_size: processes that share one copy of the weights, by default all.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    where: dict[str, Any] = (
-        {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    )
+    where: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world_size() == 1 else {}
     bound = device if device.type == "cuda" else None
     dist.init_process_group(backend, timeout=TIMEOUT, device_id=bound, **where)
     try:
         yield Group(device, make_mesh(device, shard_size or dist.get_world_size()))
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if dist.get_world_size() == 1:  # else leaving would wait for others, which may not come any more
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def make_mesh(device: torch.device, shard_size: int) -> DeviceMesh:

@@ -176,7 +176,10 @@ class Trainer:
         return self.config.batch_size * self.group.world_size
 
     def fit(self) -> bool:
-        """Train to the end, or until a signal asks to stop; saves. Returns whether training is complete."""
+        """Train to the end, or until a signal asks to stop; saves. Returns whether training is complete.
+
+        After Ctrl-C raises KeyboardInterrupt, as that is what the caller expects, when all is saved.
+        """
         config, progress = self.config, self.progress
         with (
             _stop_signals() as stop,
@@ -184,7 +187,7 @@ class Trainer:
             tqdm(total=config.num_steps, initial=progress.step, unit="step", disable=not self.group.is_main) as bar,
         ):
             saved = progress.step
-            while progress.step < config.num_steps and not self.group.any(stop.is_asked):
+            while progress.step < config.num_steps and not self.group.any(stop.number is not None):
                 values = self._step()
                 progress.step += 1
                 bar.set_postfix({name: f"{values[f'{name}/loss']:.4g}" for name in self.stage.due(progress.step - 1)})
@@ -199,6 +202,8 @@ class Trainer:
             if saved != progress.step:
                 self.save()
             self.checkpoints.wait()
+        if stop.number == signal.SIGINT:
+            raise KeyboardInterrupt
         return progress.step >= config.num_steps
 
     def save(self) -> None:
@@ -313,7 +318,7 @@ def _unshared(tensor: Tensor) -> Tensor:
 
 @dataclass
 class _Stop:
-    is_asked: bool = False
+    number: int | None = None
 
 
 @contextmanager
@@ -323,7 +328,7 @@ def _stop_signals() -> Iterator[_Stop]:
 
     def ask(number: int, frame: FrameType | None) -> None:
         log.warning("%s: saving after this step, then stopping", signal.Signals(number).name)
-        stop.is_asked = True
+        stop.number = number
         restore()
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
