@@ -28,7 +28,7 @@ from longlive.models.dit import WanDiT
 from longlive.models.text_encoder import TextEncoder
 from longlive.models.vae import WanVAE
 from longlive.rollout import Sampler, SamplerConfig
-from longlive.train_inputs import existing_folder, read_network
+from longlive.train_inputs import CLIP_SETTINGS, existing_folder, read_network
 from longlive.training.dmd import Score
 from longlive.training.draw import derived_seed
 from longlive.training.networks import Weights
@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 Make = Callable[[Sequence[int]], tuple[Tensor, Tensor | None]]
 """The clips of these numbers: latents [B, F, C, h, w] and, where wanted, states [B, S, F, C, h, w]."""
 
-SETTINGS = "settings.json"
 INDEX = "clips.jsonl"
 FREE = {"output_folder", "data_path", "wan_folder", "num_samples", "batch_size", "device", "attention", "low_memory"}
 """Keys that may change between the runs that fill a folder. The prompts are compared themselves."""
@@ -58,7 +57,7 @@ def make_clips(config: ClipsConfig) -> None:
     check_prompts(writer, [prompts[number] for number in numbers])
     if writer.num_clips < len(numbers):
         make = make_encoder(config) if config.source == "videos" else make_teacher(config, prompts)
-        write_json(folder / SETTINGS, settings)
+        write_json(folder / CLIP_SETTINGS, settings)
         write_clips(writer, numbers, prompts, make, config.batch_size)
     if num_processes > 1:
         merge_parts(folder, num_processes, len(prompts))
@@ -226,7 +225,7 @@ def clip_settings(config: ClipsConfig, num_processes: int) -> dict[str, Any]:
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Raise InputError where a folder holds clips of other settings."""
-    path = folder / SETTINGS
+    path = folder / CLIP_SETTINGS
     if not path.exists():
         return
     begun = read_json(path)

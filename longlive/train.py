@@ -6,6 +6,7 @@ Layer 4. What a user may have got wrong is checked before any GPU memory is take
 import logging
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,40 +20,40 @@ from longlive.build import (
 from longlive.config import to_dict, to_yaml
 from longlive.data.clips import PixelClips
 from longlive.data.order import Order
-from longlive.distributed import local_world_size, world_size
+from longlive.distributed import is_main, local_world_size, world_size
 from longlive.errors import InputError
 from longlive.inference.video import check_writable
 from longlive.models.vae import VAEConfig, WanVAE
 from longlive.train_build import ema_config, make_trainer, optimizer_config, trainer_config
 from longlive.train_config import CAUSAL, TrainConfig, load_train_config
-from longlive.train_inputs import Inputs, read_inputs
+from longlive.train_inputs import Inputs, read_base, read_inputs
 from longlive.training.checkpoint import Checkpoints, check_identity, find_latest
 from longlive.training.clock import Clock
 from longlive.training.draw import derived_seed
 from longlive.training.export import GENERATOR, export, export_vae
 from longlive.training.metrics import Metrics, check_trackers
+from longlive.training.networks import Weights
 from longlive.training.parallel import Group, process_group, shard
 from longlive.training.sequence_parallel import share_frames
 from longlive.training.trainer import Network, Trainer
 from longlive.training.vae_stage import Autoencoder, VAELossConfig, VAETraining
-from longlive.weights.files import atomic_file, shorten, write_json
+from longlive.weights.files import atomic_file, fingerprint, shorten, write_json
+from longlive.weights.formats import DIT, find_weights
 
 log = logging.getLogger(__name__)
 
 
 CONFIG = "train_config.json"
-VAE_FILE = "vae.safetensors"
-NUM_STATISTICS_CLIPS = 256
+STATISTICS_PIXELS = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class Job:
     """What a stage trains, read and checked. identity: the settings that its checkpoints share; make_trainer: puts the
-    models on the device; export: writes the weights of a checkpoint into the run's folder and returns the files."""
+    models on the device."""
 
     identity: dict[str, Any]
     make_trainer: Callable[[Group, Checkpoints], Trainer]
-    export: Callable[[Path], list[Path]]
 
 
 def run_training(config: TrainConfig) -> bool:
@@ -74,17 +75,16 @@ def run_training(config: TrainConfig) -> bool:
     with process_group(device, shard_size) as group:
         checkpoints = Checkpoints(folder / "checkpoints", config.max_checkpoints, job.identity)
         trainer = job.make_trainer(group, checkpoints)
+        latest = checkpoints.latest()  # all processes go on from the same one, whatever they see of a shared disk
         if latest is not None:
             trainer.resume(latest)
             log.info("going on after step %d of %d, from %s", trainer.progress.step, config.max_iters, latest)
-        if group.is_main:
-            trainer.metrics = open_metrics(config, trainer.progress.step)
-        is_complete = trainer.fit()
+        with open_metrics(config, trainer.progress.step) if group.is_main else nullcontext() as metrics:
+            trainer.metrics = metrics
+            is_complete = trainer.fit()
         latest = checkpoints.latest()
-        checkpoints.close()
-        if group.is_main and is_complete and latest is not None:
-            export_checkpoint(config, job, latest)
-        group.barrier()
+    if is_complete and latest is not None and is_main():
+        export_checkpoint(config, latest)
     return is_complete
 
 
@@ -94,7 +94,7 @@ def export_folder(folder: Path, checkpoint: Path | None) -> None:
     checkpoint = checkpoint or find_latest(folder / "checkpoints")
     if checkpoint is None:
         raise InputError(f"{folder}: holds no checkpoint yet")
-    export_checkpoint(config, read_job(config), checkpoint)
+    export_checkpoint(config, checkpoint)
 
 
 def read_job(config: TrainConfig) -> Job:
@@ -115,9 +115,17 @@ def open_metrics(config: TrainConfig, start_step: int) -> Metrics:
     )
 
 
-def export_checkpoint(config: TrainConfig, job: Job, checkpoint: Path) -> None:
+def export_checkpoint(config: TrainConfig, checkpoint: Path) -> None:
     """Write the weights of a checkpoint and, of a causal model, a configuration that generates with them."""
-    for path in job.export(checkpoint):
+    folder = Path(config.logdir)
+    if config.stage == "vae":
+        clips, order = vae_data(config)
+        written = export_vae(
+            checkpoint, folder, (clips.pixels([order[i]]) for i in range(num_statistics_clips(config)))
+        )
+    else:
+        written = export(checkpoint, folder, read_base(config) if config.has_lora else None, config.adapter.alpha)
+    for path in written:
         log.info("wrote %s", path)
     if config.stage in CAUSAL:
         path = Path(config.logdir) / "inference.yaml"
@@ -168,19 +176,20 @@ def generator_job(config: TrainConfig) -> Job:
         encode_prompts = place_encoder(inputs.encoder, group.device, config.low_memory)
         return make_trainer(config, inputs, encode_prompts, group, checkpoints)
 
-    def write(checkpoint: Path) -> list[Path]:
-        return export(checkpoint, Path(config.logdir), inputs.generator, inputs.critic, config.adapter.alpha)
-
-    return Job(run_identity(config, inputs), make, write)
+    return Job(run_identity(config, inputs), make)
 
 
 def run_identity(config: TrainConfig, inputs: Inputs) -> dict[str, Any]:
     """The settings that a run shares with the checkpoints it may go on from."""
     keys = ("type", "rank", "alpha", "apply_to_critic") if config.has_lora else ("type",)
+    begun_with = [network for network in (inputs.generator, inputs.critic) if network is not None]
     return {
         "stage": config.stage,
         "seed": config.seed,
         "generator": asdict(inputs.generator.config),
+        "critic": None if inputs.critic is None else asdict(inputs.critic.config),
+        "begun_with": [source_of(network) for network in begun_with] if config.has_lora else None,
+        "max_frames": config.streaming_max_length if config.model_kwargs.local_attn_size == -1 else None,
         "adapter": {key: getattr(config.adapter, key) for key in keys},
         "ema": config.ema_weight > 0,
         "frames": [config.clip_frames, config.num_frame_per_block],
@@ -190,13 +199,31 @@ def run_identity(config: TrainConfig, inputs: Inputs) -> dict[str, Any]:
     }
 
 
+def source_of(weights: Weights) -> str:
+    """What a LoRA lies beside: the fingerprint of its file, or what takes a file's place."""
+    path = Path(weights.source)
+    return fingerprint(find_weights(DIT, path)) if path.exists() else str(weights.source)
+
+
+def vae_data(config: TrainConfig) -> tuple[PixelClips, Order]:
+    """The clips that a VAE trains on, and their order."""
+    assert config.clips_path is not None
+    num_video_frames = 1 + VAEConfig().temporal_factor * (config.num_training_frames - 1)
+    clips = PixelClips(config.clips_path, config.height, config.width, num_video_frames, config.fps)
+    return clips, Order(len(clips), config.seed)
+
+
+def num_statistics_clips(config: TrainConfig) -> int:
+    """How many clips the statistics of a VAE's latents are taken of: enough values, in minutes on a CPU."""
+    pixels = VAEConfig().temporal_factor * config.num_training_frames * config.height * config.width
+    return max(4, min(256, STATISTICS_PIXELS // pixels))
+
+
 def vae_job(config: TrainConfig) -> Job:
     """The stage of the VAE."""
-    assert config.clips_path is not None
-    vae_config = VAEConfig(base_dim=config.vae_base_dim, z_dim=config.vae_z_dim)
-    num_video_frames = 1 + vae_config.temporal_factor * (config.num_training_frames - 1)
-    clips = PixelClips(config.clips_path, config.height, config.width, num_video_frames, config.fps)
-    order = Order(len(clips), config.seed)
+    z_dim = config.vae_z_dim
+    vae_config = VAEConfig(config.vae_base_dim, z_dim, latents_mean=(0.0,) * z_dim, latents_std=(1.0,) * z_dim)
+    clips, order = vae_data(config)
 
     def make(group: Group, checkpoints: Checkpoints) -> Trainer:
         with torch.random.fork_rng(devices=[]):
@@ -209,12 +236,6 @@ def vae_job(config: TrainConfig) -> Job:
         networks = {"vae": Network(autoencoder, optimizer_config(config), ema_config(config))}
         return Trainer(stage, networks, trainer_config(config, group), group, checkpoints, None, clock)
 
-    def write(checkpoint: Path) -> list[Path]:
-        path = Path(config.logdir) / VAE_FILE
-        items = [[order[i]] for i in range(min(len(clips), NUM_STATISTICS_CLIPS))]
-        export_vae(checkpoint, path, vae_config, map(clips.pixels, items))
-        return [path]
-
     sizes = {"vae": asdict(vae_config), "frames": config.num_training_frames}
     size = {"height": config.height, "width": config.width}
-    return Job({"stage": config.stage, "seed": config.seed, "ema": config.ema_weight > 0, **sizes, **size}, make, write)
+    return Job({"stage": config.stage, "seed": config.seed, "ema": config.ema_weight > 0, **sizes, **size}, make)

@@ -17,6 +17,7 @@ from longlive.config import (
     STEPS,
     AdapterSettings,
     ModelKwargs,
+    Rule,
     Section,
     Values,
     at_least,
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 STAGES = ("self_forcing", "streaming", "causal_init", "pretrain", "vae")
 DISTRIBUTION_MATCHING = ("self_forcing", "streaming")
 CAUSAL = (*DISTRIBUTION_MATCHING, "causal_init")
+
+BELOW_1 = Rule("at least 0 and below 1", lambda value: 0 <= value < 1)
 
 PUBLISHED_WITHOUT_EFFECT = {
     "auto_resume": "a run always goes on at its newest checkpoint",
@@ -171,16 +174,16 @@ class TrainConfig(Section):
 
     lr: float = setting(2e-6, "learning rate", POSITIVE)
     lr_critic: float = setting(4e-7, "learning rate of the critic", POSITIVE)
-    beta1: float = setting(0.0, "AdamW", between(0, 1))
-    beta2: float = setting(0.999, "AdamW", between(0, 1))
-    beta1_critic: float = setting(0.0, "AdamW of the critic", between(0, 1))
-    beta2_critic: float = setting(0.999, "AdamW of the critic", between(0, 1))
+    beta1: float = setting(0.0, "AdamW", BELOW_1)
+    beta2: float = setting(0.999, "AdamW", BELOW_1)
+    beta1_critic: float = setting(0.0, "AdamW of the critic", BELOW_1)
+    beta2_critic: float = setting(0.999, "AdamW of the critic", BELOW_1)
     weight_decay: float = setting(0.01, "AdamW", at_least(0))
     max_grad_norm_generator: float = setting(10.0, "gradients are clipped to this norm", POSITIVE)
     max_grad_norm_critic: float = setting(10.0, "the same for the critic", POSITIVE)
     lr_warmup_steps: int = setting(0, "steps in which learning rates rise linearly", at_least(0))
     lr_final_ratio: float = setting(1.0, "learning rates end at this share, falling by a cosine", between(0, 1))
-    ema_weight: float = setting(0.99, "decay of the averaged generator; 0 = none", between(0, 1))
+    ema_weight: float = setting(0.99, "decay of the averaged generator; 0 = none", BELOW_1)
     ema_start_step: int = setting(200, "step from which the average is one", at_least(0))
 
     vae_base_dim: int = setting(8, "vae: width of the first level", at_least(1))
@@ -223,6 +226,17 @@ class TrainConfig(Section):
                     f"streaming_min_new_frame={new}, streaming_chunk_size={self.clip_frames}, streaming_max_length="
                     f"{self.streaming_max_length}: each must be less than the next"
                 )
+        if self.stage == "streaming" and not self.train_first_chunk:
+            shortest = self.clip_frames + self.streaming_min_new_frame
+            if shortest > self.streaming_max_length:
+                raise InputError(
+                    f"streaming_max_length={self.streaming_max_length}: must hold the first chunk and another with "
+                    f"train_first_chunk=false, at least {shortest}"
+                )
+        if self.stage not in CAUSAL and (self.vis_interval or self.has_lora):
+            key = "vis_interval" if self.vis_interval else "adapter.type=lora"
+            if self.stage == "vae" or key == "vis_interval":
+                raise InputError(f"{key}: not available with stage={self.stage}")
         wrong = [f"{name}={frames}" for name, frames in lengths.items() if self.stage in CAUSAL and frames % block]
         if self.vis_interval and any(frames % block or frames < 1 for frames in self.vis_video_lengths):
             wrong.append(f"vis_video_lengths={list(self.vis_video_lengths)}")
@@ -275,11 +289,12 @@ class TrainConfig(Section):
             "random": range(block, end, block),
             "fixed": (self.switch_frame_index,),
         }[self.switch_mode]
-        within = tuple(frame for frame in choices if 0 < frame <= end - block)
+        last = end - self.streaming_min_new_frame  # a sequence may end soon after it
+        within = tuple(frame for frame in choices if 0 < frame <= last)
         if not within:
             raise InputError(
                 f"switch_mode={self.switch_mode}: no switch frame lies between 1 and streaming_max_length - "
-                f"num_frame_per_block = {end - block}"
+                f"streaming_min_new_frame = {last}"
             )
         return within
 
@@ -311,7 +326,7 @@ def _translate(name: str, value: Any) -> Values:
         return {"guidance_scale": value}
     if name == "image_or_video_shape":
         sizes = value if isinstance(value, list) else str(value).strip("[] ").split(",")
-        if len(sizes) != 5:
+        if len(sizes) != 5 or not all(str(size).strip().isdigit() for size in sizes):
             raise InputError(f"image_or_video_shape={value}: must be batch, frames, channels, height, width of latents")
         frames, height, width = (int(sizes[i]) for i in (1, 3, 4))
         return {"num_training_frames": frames, "height": 8 * height, "width": 8 * width}

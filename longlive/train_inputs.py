@@ -27,9 +27,12 @@ from longlive.training.networks import (
     Weights,
     check_weights,
 )
-from longlive.weights.files import StateDict, read_checkpoint, shorten
+from longlive.weights.files import StateDict, read_checkpoint, read_json, shorten
 from longlive.weights.formats import read_dit, read_generator
 from longlive.weights.lora import Lora, check_rank, check_targets, read_lora
+
+CLIP_SETTINGS = "settings.json"
+"""Beside an index of clips: how they were made."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,9 @@ class Inputs:
 def read_inputs(config: TrainConfig) -> Inputs:
     """Read what a run needs. Raises InputError for what is missing, does not fit or cannot be read."""
     prompts, clips = read_data(config)
-    if config.preset is not None and config.generator_ckpt is not None:
-        raise InputError(f"preset={config.preset}: generator_ckpt names weights to begin with; use generator_ckpt=null")
+    named = [key for key in ("generator_ckpt", "init_logdir") if getattr(config, key) is not None]
+    if config.preset is not None and named:
+        raise InputError(f"preset={config.preset}: {named[0]} names weights to begin with; use {named[0]}=null")
     start = None if config.preset else read_start(config)
     folder = None
     if config.model_name != BUILTIN:
@@ -138,6 +142,17 @@ def check_clips(config: TrainConfig, clips: LatentClips, vae: WanVAE) -> None:
             f"{config.clips_path}: clips hold {clips.num_steps} ODE states, but denoising_step_list has "
             f"{num_steps} steps"
         )
+    settings = Path(config.clips_path or "").parent / CLIP_SETTINGS
+    if clips.num_steps and settings.exists():
+        made = read_json(settings)
+        ours = {
+            "denoising_step_list": list(config.denoising_step_list),
+            "warp_denoising_step": config.warp_denoising_step,
+            "timestep_shift": config.model_kwargs.timestep_shift,
+        }
+        for key, value in ours.items():
+            if made.get(key, value) != value:
+                raise InputError(f"{settings}: ODE states were made with {key}={made[key]}, not {value}")
 
 
 def read_start(config: TrainConfig) -> Weights:
@@ -153,6 +168,11 @@ def read_start(config: TrainConfig) -> Weights:
             )
         return read_network(config.wan_folder, str(exported), config.model_name, "model_name")
     return read_network(config.wan_folder, None, config.model_name, "model_name")
+
+
+def read_base(config: TrainConfig) -> Weights:
+    """The weights that a run's LoRA lies beside."""
+    return read_inputs(config).generator if config.preset else read_start(config)
 
 
 def random_weights(config: TrainConfig, vae: WanVAE, encoder: TextEncoder) -> Weights:

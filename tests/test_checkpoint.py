@@ -125,7 +125,7 @@ def save_and_load(rank: int, world_size: int, folder: Path) -> None:
     latest = checkpoints.latest()
     assert latest == folder / "step_000010"
     assert_loads(checkpoints, latest, expected)
-    checkpoints.close()
+    checkpoints.wait()
 
 
 def load_elsewhere(rank: int, world_size: int, folder: Path) -> None:
@@ -181,7 +181,7 @@ def keep_newest(rank: int, world_size: int, folder: Path) -> None:
     # A run resumed from an older checkpoint keeps what it writes, and leaves alone what is there.
     checkpoints.save(7, small_state(7))
     checkpoints.save(999_999, small_state(0))
-    checkpoints.close()
+    checkpoints.wait()
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def fail_in_background(rank: int, world_size: int, folder: Path) -> None:
     checkpoints.load(folder / "step_000010", state := small_state(0))
     assert_equal(flat(state), flat(small_state(10)))
     checkpoints.save(20, small_state(20) | big)
-    checkpoints.close()
+    checkpoints.wait()
     nowhere = folder / "step_000020" / ".metadata"
     with pytest.raises(InputError, match=f"^{re.escape(str(nowhere))}: cannot write a checkpoint"):
         Checkpoints(nowhere, 1, IDENTITY).save(1, small_state(1))
@@ -321,7 +321,7 @@ def resume(rank: int, world_size: int, folders: list[Path]) -> None:
         checkpoints.load(latest, state := small_state(0))
         assert_equal(flat(state), flat(small_state(int(latest.name[-2:]))))
         checkpoints.save(30, small_state(30))
-        checkpoints.close()
+        checkpoints.wait()
         assert os.listdir(folder) == ["step_000030"], os.listdir(folder)
 
 
@@ -357,14 +357,14 @@ def save_until_killed(rank: int, world_size: int, folder: Path, num_operations: 
 
     sys.addaudithook(on_event)
     checkpoints.save(20, small_state(20))
-    checkpoints.close()
+    checkpoints.wait()
     os._exit(0)
 
 
 def save_first(rank: int, world_size: int, folder: Path) -> None:
     checkpoints = Checkpoints(folder, 1, IDENTITY)
     checkpoints.save(10, small_state(10))
-    checkpoints.close()
+    checkpoints.wait()
     shutil.copytree(folder / "step_000010", folder / ".step_000005.tmp")
 
 

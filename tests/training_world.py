@@ -236,7 +236,7 @@ def train(setup: Setup, folder: Path, disturb: Callable[[Trainer], None] | None 
         if disturb is not None:
             disturb(trainer)
         assert trainer.fit() == (disturb is None)
-        trainer.checkpoints.close()
+        trainer.checkpoints.wait()
 
 
 def enter(job: Callable[..., None], rank: int, world_size: int, port: int, arguments: tuple[Any, ...]) -> None:

@@ -104,10 +104,6 @@ class Checkpoints:
             with _own_errors():
                 saving.result()
 
-    def close(self) -> None:
-        """End of the run: `wait`."""
-        self.wait()
-
     def _on_main(self, look: Callable[[], T]) -> T:
         """What `look` returns or raises on the main rank, for every rank."""
         self.wait()  # its messages would mix with these

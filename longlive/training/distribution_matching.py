@@ -21,7 +21,7 @@ from longlive.data.order import Order
 from longlive.models.dit import WanDiT
 from longlive.models.kv_cache import CacheConfig, KVCache
 from longlive.models.vae import WanVAE
-from longlive.rollout import Rollout, Sampler, SwitchPolicy
+from longlive.rollout import PUBLISHED_TRAINING_RECACHE_FRAMES, Rollout, Sampler, SwitchPolicy
 from longlive.training.clock import Clock
 from longlive.training.dmd import DMD, Score
 from longlive.training.draw import Draw
@@ -151,8 +151,10 @@ class DistributionMatching(Stage):
         """
         if self._cache is None:
             window, (_, height, width) = self.config.cache.window_frames, self.config.latent_shape
-            past = window - self.sampler.config.frames_per_block
-            frames = self._longest() if window == -1 else past + self.config.num_frames
+            past, sink = window - self.sampler.config.frames_per_block, self.config.cache.sink_frames
+            frames = max(self._longest() if window == -1 else past + self.config.num_frames, sink + 1)
+            if self.config.policy == "published_training":
+                frames = max(frames, sink + PUBLISHED_TRAINING_RECACHE_FRAMES)
             self._cache = self.players.rollout.new_cache(self.config.cache, batch_size, height, width, frames)
         self._cache.zero_()
         return Rollout(self.players.rollout, self.sampler, self._cache, self.config.policy)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longlive.models.dit import DiTConfig
 from longlive.models.vae import VAEConfig, WanVAE
-from longlive.training.checkpoint import read_keys, read_state
+from longlive.training.checkpoint import read_identity, read_keys, read_state
 from longlive.training.networks import Weights
 from longlive.training.vae_stage import with_latent_statistics
 from longlive.weights.convert import wan_dit_config
@@ -24,16 +24,19 @@ from longlive.weights.files import StateDict, atomic_file, write_json, write_saf
 from longlive.weights.lora import merge_lora, parse_lora
 
 GENERATOR, CRITIC = "generator.safetensors", "critic.safetensors"
+VAE = "vae.safetensors"
 BASE, LORA = "longlive_base.pt", "lora.pt"
 
 
-def export(checkpoint: Path, folder: Path, generator: Weights, critic: Weights | None, alpha: float) -> list[Path]:
+def export(checkpoint: Path, folder: Path, base: Weights | None, alpha: float) -> list[Path]:
     """Write the weights in a checkpoint to a folder; returns the files.
 
-    generator, critic: what training began with, which a LoRA lies beside; alpha: of the LoRA. Raises InputError when
+    base: the generator that a LoRA lies beside, None where all was trained; alpha: of the LoRA. Raises InputError when
     the checkpoint cannot be read or the folder not written.
     """
-    keys = read_keys(checkpoint)
+    identity, keys = read_identity(checkpoint), read_keys(checkpoint)
+    generator, critic = (dit_config(identity[name]) for name in ("generator", "critic"))
+    assert generator is not None
     found: dict[str, StateDict] = {}
     for entry, prefix in (
         ("generator", "networks.generator.weights"),
@@ -47,17 +50,17 @@ def export(checkpoint: Path, folder: Path, generator: Weights, critic: Weights |
     written = [folder / GENERATOR]
     averaged = found.get("generator_ema", found["generator"])
     if is_lora(averaged):
-        pairs = parse_lora(_peft_names(averaged), checkpoint)
-        averaged = merge_lora(generator.state, pairs, alpha, checkpoint)
-    _write_dit(written[0], averaged, generator.config)
+        assert base is not None
+        averaged = merge_lora(base.state, parse_lora(_peft_names(averaged), checkpoint), alpha, checkpoint)
+    _write_dit(written[0], averaged, generator)
     if "critic" in whole and critic is not None:
         written.append(folder / CRITIC)
-        _write_dit(written[-1], whole["critic"], critic.config)
+        _write_dit(written[-1], whole["critic"], critic)
     if loras:
         written.append(folder / LORA)
         _write_pickle(written[-1], {f"{entry}_lora": state for entry, state in loras.items()})
     if whole:
-        write_json(folder / "config.json", wan_dit_config(generator.config))  # which the layout has no room for
+        write_json(folder / "config.json", wan_dit_config(generator))  # which the layout has no room for
         written.append(folder / BASE)
         _write_pickle(
             written[-1],
@@ -66,16 +69,25 @@ def export(checkpoint: Path, folder: Path, generator: Weights, critic: Weights |
     return written
 
 
-def export_vae(checkpoint: Path, path: Path, config: VAEConfig, batches: Iterable[Tensor]) -> None:
+def dit_config(sizes: dict[str, Any] | None) -> DiTConfig | None:
+    """The config of a transformer as a checkpoint tells it."""
+    return None if sizes is None else DiTConfig(**{**sizes, "patch_size": tuple(sizes["patch_size"])})
+
+
+def export_vae(checkpoint: Path, folder: Path, batches: Iterable[Tensor]) -> list[Path]:
     """Write a trained VAE, averaged where there is an average, with the statistics of its latents over batches of
-    pixels [B, V, 3, H, W]. Raises InputError as `export` does."""
-    prefix = "networks.vae.ema" if any(k.startswith("networks.vae.ema.") for k in read_keys(checkpoint)) else None
-    state = read_state(checkpoint, prefix or "networks.vae.weights")
+    pixels [B, V, 3, H, W]. Returns and raises as `export` does."""
+    sizes: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in read_identity(checkpoint)["vae"].items()
+    }
+    has_average = any(key.startswith("networks.vae.ema.") for key in read_keys(checkpoint))
+    state = read_state(checkpoint, f"networks.vae.{'ema' if has_average else 'weights'}")
     state = {name.removeprefix("vae."): tensor for name, tensor in state.items()}
-    vae = WanVAE(config)
+    vae = WanVAE(VAEConfig(**sizes))
     vae.load_state_dict(state)
     metadata = {"part": "vae", "config": json.dumps(asdict(with_latent_statistics(vae, batches)))}
-    write_safetensors(path, state, metadata)
+    write_safetensors(folder / VAE, state, metadata)
+    return [folder / VAE]
 
 
 def is_lora(state: StateDict) -> bool:

@@ -37,7 +37,9 @@ class FlowMatchingConfig:
 
 
 class FlowMatching(Stage):
-    """The loss of one network, "generator", on clips from the data."""
+    """The loss of one network, "generator", on clips from the data. uses_trajectory: and on their ODE states."""
+
+    uses_trajectory = False
 
     def __init__(
         self,
@@ -70,7 +72,9 @@ class FlowMatching(Stage):
         with self.clock.part("data"):
             batch = self.clips.batch([self.order[sample] for sample in draw.samples])
             latents = batch.latents.to(draw.device)
-            trajectory = None if batch.trajectory is None else batch.trajectory.to(draw.device)
+            trajectory = None
+            if self.uses_trajectory and batch.trajectory is not None:
+                trajectory = batch.trajectory.to(draw.device)
             # Where a guided trajectory ends depends on its prompt: without it there is nothing to learn there.
             prompts = batch.prompts if trajectory is not None else self._prompts(batch.prompts, draw)
             text = self.encode_prompts(prompts)
@@ -102,6 +106,8 @@ class Pretrain(FlowMatching):
 
 class CausalInit(FlowMatching):
     """A causal model: teacher forcing with the window, sink and blocks of the rollout."""
+
+    uses_trajectory = True
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
 
 from longlive.errors import InputError
 from longlive.weights.files import atomic_file, parse_json
@@ -61,6 +61,12 @@ class Metrics:
                 self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(means, step=step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def close(self) -> None:
         self._file.close()

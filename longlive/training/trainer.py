@@ -256,22 +256,26 @@ class Trainer:
                         sums[label] = sums.get(label, torch.zeros((), device=group.device)) + value.float()
             values = self._means(sums)
             for name in due:
-                values[f"{name}/grad_norm"] = self._update(name, values[f"{name}/loss"])
+                if not math.isfinite(values[f"{name}/loss"]):
+                    raise self._broken(name, NonFiniteError("loss"))
+            for name in due:
+                values[f"{name}/grad_norm"] = self._update(name)
         return values | self._speed(num_frames) | {"data/samples": float(progress.num_seen)}
 
-    def _update(self, name: str, loss: float) -> float:
-        network, step = self.networks[name], self.progress.step
+    def _update(self, name: str) -> float:
         try:
-            if not math.isfinite(loss):
-                raise NonFiniteError("loss")
             with self.clock.part("optimizer"):
-                norm = network.update(step, self.config.num_steps)
+                norm = self.networks[name].update(self.progress.step, self.config.num_steps)
         except NonFiniteError as error:
-            last = self.checkpoints.latest()
-            kept = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
-            raise NonFiniteError(f"step {step + 1}: {name}: {error} is NaN or infinite; {kept}") from error
+            raise self._broken(name, error) from error
         self.stage.updated(name)
         return norm
+
+    def _broken(self, name: str, error: NonFiniteError) -> NonFiniteError:
+        """The error with where it happened, and what is left."""
+        last = self.checkpoints.latest()
+        kept = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
+        return NonFiniteError(f"step {self.progress.step + 1}: {name}: {error} is NaN or infinite; {kept}")
 
     def _means(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Means over rounds and processes, in one transfer."""

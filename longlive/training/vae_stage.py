@@ -37,7 +37,8 @@ class Autoencoder(nn.Module):
         mean, log_variance = self.vae.encode_distribution(pixels)
         log_variance = log_variance.clamp(*LOG_VARIANCE_RANGE)
         z = mean + (0.5 * log_variance).exp() * noise.to(mean.dtype)
-        return self.vae.decode_unnormalized(z), mean, log_variance
+        # FSDP wants no views: their backward hooks could be lost.
+        return self.vae.decode_unnormalized(z).clone(), mean.clone(), log_variance
 
 
 def latent_shape(pixels: Tensor, config: VAEConfig) -> tuple[int, int, int, int, int]:
