@@ -1,0 +1,1 @@
+"""Shapes: a procedural world of moving figures, its captions and its pictures. Nothing here is learned."""

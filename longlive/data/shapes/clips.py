@@ -1,0 +1,68 @@
+"""Scenes of the Shapes world to train and to evaluate on, by number."""
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from longlive.data.shapes.captions import prompt_of
+from longlive.data.shapes.render import render
+from longlive.data.shapes.world import Scene, sample_scene, switched
+
+TRAIN, HELD_OUT = "train", "held out"  # splits: the same seed and number give other scenes in each
+
+
+def scene_number(number: int, seed: int, split: str) -> Scene:
+    """Scene `number` of the endless stream that belongs to a seed and a split."""
+    assert split in (TRAIN, HELD_OUT), split
+    return sample_scene(random.Random(f"{split} {seed} {number}"))
+
+
+class ShapesClips:
+    """Clips of the first frames of scenes, with their prompts: a `PixelSource`."""
+
+    def __init__(
+        self,
+        num_clips: int,
+        seed: int,
+        num_video_frames: int = 81,
+        split: str = TRAIN,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """`device` is where clips are drawn and returned; a `PixelSource` returns them on the CPU."""
+        self._num_clips, self._seed, self._num_video_frames = num_clips, seed, num_video_frames
+        self._split, self._device = split, device
+
+    def __len__(self) -> int:
+        return self._num_clips
+
+    def scenes(self, items: Sequence[int]) -> list[Scene]:
+        return [scene_number(item, self._seed, self._split) for item in items]
+
+    def prompts(self, items: Sequence[int]) -> list[str]:
+        return [prompt_of(scene) for scene in self.scenes(items)]
+
+    def pixels(self, items: Sequence[int]) -> Tensor:
+        """[B, num_video_frames, 3, HEIGHT, WIDTH] float32 in [-1, 1]."""
+        frames = render(self.scenes(items), 0, self._num_video_frames, self._device)
+        return frames.permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+
+
+class ShapesSwitches:
+    """Pairs of scenes in which the second goes on from the first at a frame, with their prompts."""
+
+    def __init__(self, num_pairs: int, seed: int, switch_video_frame: int, split: str = TRAIN) -> None:
+        self._num_pairs, self._seed, self._split = num_pairs, seed, split
+        self._switch_video_frame = switch_video_frame
+
+    def __len__(self) -> int:
+        return self._num_pairs
+
+    def scenes(self, items: Sequence[int]) -> list[tuple[Scene, Scene]]:
+        """The scene before, and the one valid from the switch on."""
+        before = [scene_number(item, self._seed, self._split) for item in items]
+        return [(scene, switched(scene, self._switch_video_frame, scene.wording)) for scene in before]
+
+    def prompts(self, items: Sequence[int]) -> list[tuple[str, str]]:
+        return [(prompt_of(before), prompt_of(after)) for before, after in self.scenes(items)]
