@@ -1,7 +1,7 @@
 """What is seen in every single frame of a Shapes video: bodies and their measures, background, marker, strays.
 
 Classical vision on tensors of any device. A pixel of a body is seen as b + α (c − b) between background b and the
-body's colour c. Shapes: N or V frames, K = 2 slots for bodies, P = PATCH.
+body's colour c. Shapes: N or V frames, K = 2 slots for bodies, S a side.
 """
 
 import math
@@ -19,6 +19,7 @@ from longlive.data.shapes.world import BACKGROUNDS, CORNERS, HEIGHT, MARKERS, SH
 NUM_SLOTS = 2
 HARMONICS = (3, 4, 5)  # turns that look alike
 CORNER_SIDE = 16  # px of the corner patches in which markers are sought
+WINDOW = 48  # px of the window around a peak in which a body is measured: its centre may be some px off
 
 _FRAMES_AT_ONCE = 256
 _CHROMA_FLOOR = 28.0  # levels: what differs less from the background in hue is no body
@@ -71,14 +72,12 @@ def _measure(frames: Tensor) -> tuple[NDArray[np.generic], ...]:
     low, high = difference.aminmax(dim=-1)
     chroma = high - low
     strength = torch.maximum(high, -low)
-    field = (chroma / _CHROMA_FULL).clamp(max=1) * (chroma > _CHROMA_FLOOR)
     is_free = torch.ones_like(chroma, dtype=torch.bool)
-    is_hued = chroma > _NEUTRAL
     slots = []
     for _ in range(NUM_SLOTS):
-        slot = _find_body(field * is_free, chroma, difference * (is_free & is_hued)[..., None])
+        slot = _find_body(chroma * is_free, difference)
         slots.append(slot)
-        is_free &= ~(_is_near(slot["places"], _REACH) & slot["present"][:, None, None])
+        is_free &= ~(_is_near_on_canvas(slot["places"]) & slot["present"][:, None, None])
     bodies = {name: torch.stack([slot[name] for slot in slots], dim=1) for name in slots[0]}
     dice, harmonics = _figures(bodies.pop("patches"))
     corners = _marker_alpha(torch.stack([_corner(difference, name) for name in CORNERS], dim=1), backgrounds)
@@ -91,46 +90,35 @@ def _measure(frames: Tensor) -> tuple[NDArray[np.generic], ...]:
     return tuple(column.cpu().numpy() for column in columns)
 
 
-def _find_body(field: Tensor, chroma: Tensor, difference: Tensor) -> dict[str, Tensor]:
-    """Measure the body where `field` [N, H, W] is densest; zeros in frames whose field is too thin for one.
+def _find_body(chroma: Tensor, difference: Tensor) -> dict[str, Tensor]:
+    """Measure the body where chroma [N, H, W] is densest; zeros in frames that have too little for one.
 
-    What belongs to a body found before is 0 in field and difference. colours are relative to the background, patches
-    [N, P, P] its α around the centre.
+    What belongs to a body found before has no chroma. colours are relative to the background, patches [N, P, P] hold
+    the body's α around its centre.
     """
+    field = _field(chroma)
     is_busy = field.sum((1, 2)) > _LEAST_AREA / 2
     is_busy[0] |= ~is_busy.any()  # a Fourier transform of no frames is an error
     busy = is_busy.nonzero()[:, 0]
-    slot = _measure_body(field[busy], chroma[busy], difference[busy])
+    corner = _peak(field[busy]) - WINDOW // 2
+    side = torch.arange(WINDOW, device=chroma.device)
+    lines, columns = (corner[:, 1:] + side) % HEIGHT, (corner[:, :1] + side) % WIDTH
+    pixel = (busy[:, None, None] * HEIGHT + lines[:, :, None]) * WIDTH + columns[:, None, :]
+    slot = _measure_body(chroma.flatten()[pixel], difference.flatten(0, 2)[pixel])
+    slot["places"] = (slot["places"] + corner) % torch.tensor([WIDTH, HEIGHT], device=chroma.device)
     return {
         name: values.new_zeros(len(field), *values.shape[1:]).index_copy(0, busy, values)
         for name, values in slot.items()
     }
 
 
-def _measure_body(field: Tensor, chroma: Tensor, difference: Tensor) -> dict[str, Tensor]:
-    places = _moment(field, _peak(field), _REACH)
-    is_core = _is_near(places, _CORE_REACH)
-    core = (chroma * field * is_core).flatten(1).topk(_CORE_PIXELS).indices
-    colours = difference.flatten(1, 2).gather(1, core[..., None].expand(-1, -1, 3)).mean(1)
-    alpha = _alpha(difference, colours)
-    solid = ((alpha > 0.85) & is_core).flatten(1).float()
-    mean = torch.einsum("np,npc->nc", solid, difference.flatten(1, 2)) / solid.sum(1, keepdim=True).clamp(min=1)
-    colours = torch.where(solid.any(1, keepdim=True), mean, colours)
-    alpha = _alpha(difference, colours)
-    places = _moment(alpha, places, _REACH)
-    near = _is_near(places, _REACH)
-    areas = (alpha * near).sum((1, 2))
-    halftones = ((alpha > _HALFTONES[0]) & (alpha < _HALFTONES[1]) & near).sum((1, 2)).float()
-    low, high = colours.aminmax(dim=-1)
-    present = (areas > _LEAST_AREA) & (high - low > 2 * _CHROMA_FLOOR)
-    return {
-        **{"present": present, "colours": colours, "places": places, "areas": areas, "halftones": halftones},
-        "patches": _patch(alpha * near, places),
-    }
+def _field(chroma: Tensor) -> Tensor:
+    """How much of a body a pixel seems to be."""
+    return (chroma / _CHROMA_FULL).clamp(max=1) * (chroma > _CHROMA_FLOOR)
 
 
 def _peak(field: Tensor) -> Tensor:
-    """x, y [N, 2] of the densest place of a field [N, H, W]: of its circular convolution with a Gaussian."""
+    """Column and line [N, 2] of the densest place of a field [N, H, W]: of its circular convolution with a Gaussian."""
     device = field.device
     away_y, away_x = (
         torch.minimum(torch.arange(size, device=device), size - torch.arange(size, device=device))
@@ -139,55 +127,79 @@ def _peak(field: Tensor) -> Tensor:
     kernel = torch.exp(-(away_y[:, None] ** 2 + away_x**2) / (2 * _PEAK_BLUR**2))
     dense = torch.fft.irfft2(torch.fft.rfft2(field) * torch.fft.rfft2(kernel), s=(HEIGHT, WIDTH))
     index = dense.flatten(1).argmax(1)
-    return torch.stack([index % WIDTH, index // WIDTH], dim=1) + 0.5
+    return torch.stack([index % WIDTH, index // WIDTH], dim=1)
 
 
-def _offsets(places: Tensor) -> tuple[Tensor, Tensor]:
-    """The shortest way on the torus from places [N, 2] to every column [N, W] and line [N, H]."""
-    device = places.device
-    dx = (torch.arange(WIDTH, device=device) + 0.5 - places[:, :1] + WIDTH / 2) % WIDTH - WIDTH / 2
-    dy = (torch.arange(HEIGHT, device=device) + 0.5 - places[:, 1:] + HEIGHT / 2) % HEIGHT - HEIGHT / 2
-    return dx, dy
+def _measure_body(chroma: Tensor, difference: Tensor) -> dict[str, Tensor]:
+    """Measure the body about the middle of windows: chroma [N, S, S], difference [N, S, S, 3], places in the window."""
+    difference = difference * (chroma > _NEUTRAL)[..., None]
+    field = _field(chroma)
+    places = _centre(field, torch.full((len(field), 2), WINDOW / 2, device=field.device))
+    is_core = _is_near(places, _CORE_REACH)
+    core = (chroma * field * is_core).flatten(1).topk(_CORE_PIXELS).indices
+    colours = difference.flatten(1, 2).gather(1, core[..., None].expand(-1, -1, 3)).mean(1)
+    alpha = _alpha(difference, colours)
+    solid = ((alpha > _HALFTONES[1]) & is_core).flatten(1).float()
+    mean = torch.einsum("np,npc->nc", solid, difference.flatten(1, 2)) / solid.sum(1, keepdim=True).clamp(min=1)
+    colours = torch.where(solid.any(1, keepdim=True), mean, colours)
+    alpha = _alpha(difference, colours)
+    places = _centre(alpha, places)
+    alpha = alpha * _is_near(places, _REACH)
+    areas = alpha.sum((1, 2))
+    halftones = ((alpha > _HALFTONES[0]) & (alpha < _HALFTONES[1])).sum((1, 2)).float()
+    low, high = colours.aminmax(dim=-1)
+    present = (areas > _LEAST_AREA) & (high - low > 2 * _CHROMA_FLOOR)
+    return {
+        **{"present": present, "colours": colours, "places": places, "areas": areas, "halftones": halftones},
+        "patches": _patch(alpha, places),
+    }
 
 
 def _is_near(places: Tensor, reach: float) -> Tensor:
-    """Whether each pixel [N, H, W] is within reach of places [N, 2]."""
-    dx, dy = _offsets(places)
-    return dx.square()[:, None, :] + dy.square()[:, :, None] < reach**2
+    """Whether each pixel of a window [N, S, S] is within reach of places [N, 2] in it."""
+    side = torch.arange(WINDOW, device=places.device) + 0.5
+    return (side - places[:, :1]).square()[:, None, :] + (side - places[:, 1:]).square()[:, :, None] < reach**2
 
 
-def _moment(weights: Tensor, places: Tensor, reach: float, num_rounds: int = 3) -> Tensor:
-    """The centre of mass [N, 2] of weights [N, H, W] within reach of itself, sought from `places`."""
+def _is_near_on_canvas(places: Tensor) -> Tensor:
+    """Whether each pixel of the canvas [N, H, W] is within _REACH of places [N, 2] on the torus."""
+    device = places.device
+    dx = (torch.arange(WIDTH, device=device) + 0.5 - places[:, :1] + WIDTH / 2) % WIDTH - WIDTH / 2
+    dy = (torch.arange(HEIGHT, device=device) + 0.5 - places[:, 1:] + HEIGHT / 2) % HEIGHT - HEIGHT / 2
+    return dx.square()[:, None, :] + dy.square()[:, :, None] < _REACH**2
+
+
+def _centre(weights: Tensor, places: Tensor, num_rounds: int = 3) -> Tensor:
+    """The centre of mass [N, 2] of weights [N, S, S] within _REACH of itself, sought from `places`."""
+    side = torch.arange(WINDOW, device=weights.device) + 0.5
     for _ in range(num_rounds):
-        dx, dy = _offsets(places)
-        near = weights * _is_near(places, reach)
-        mass = near.sum((1, 2)).clamp(min=1e-6)
-        shift = torch.stack([(near.sum(1) * dx).sum(1), (near.sum(2) * dy).sum(1)], dim=1) / mass[:, None]
-        places = (places + shift) % torch.tensor([WIDTH, HEIGHT], device=places.device)
+        near = weights * _is_near(places, _REACH)
+        columns, lines = near.sum(1), near.sum(2)
+        mass = columns.sum(1, keepdim=True)
+        moments = torch.stack([columns @ side, lines @ side], dim=1)
+        places = torch.where(mass > 0, moments / mass.clamp(min=1e-6), places)
     return places
 
 
 def _alpha(difference: Tensor, colours: Tensor) -> Tensor:
-    """α [N, H, W] of the least residual of difference [N, H, W, 3] − α colours [N, 3]; 0 where that is large."""
+    """α [N, S, S] of the least residual of difference [N, S, S, 3] − α colours [N, 3]; 0 where that is large."""
     square = colours.square().sum(-1)[:, None, None]
     alpha = torch.einsum("nhwc,nc->nhw", difference, colours) / square.clamp(min=1)
     # |d − α c|² = |d|² − α² |c|² at the least.
-    residual = torch.einsum("nhwc,nhwc->nhw", difference, difference) - alpha.square() * square
+    residual = difference.square().sum(-1) - alpha.square() * square
     return alpha.clamp(0, 1) * (residual < _RESIDUAL_LIMIT**2) * (alpha > 0.1)
 
 
 def _patch(alpha: Tensor, places: Tensor) -> Tensor:
-    """α [N, P, P] with its centre at (P/2, P/2), by linear interpolation."""
-    device, side = alpha.device, torch.arange(PATCH + 1, device=alpha.device)
-    first = places - PATCH / 2  # the corner of the patch; its pixel centres are half a pixel further
+    """The part [N, P, P] of α [N, S, S] with places [N, 2] at its middle, by linear interpolation."""
+    first = places - PATCH / 2
     whole = first.floor()
-    columns = (whole[:, :1].long() + side) % WIDTH
-    lines = (whole[:, 1:].long() + side) % HEIGHT
-    number = torch.arange(len(alpha), device=device)[:, None, None]
-    window = alpha[number, lines[:, :, None], columns[:, None, :]]
+    index = (whole.long()[..., None] + torch.arange(PATCH + 1, device=alpha.device)).clamp(0, WINDOW - 1)
+    number = torch.arange(len(alpha), device=alpha.device)[:, None, None]
+    patch = alpha[number, index[:, 1, :, None], index[:, 0, None, :]]
     part_x, part_y = (first - whole)[:, :, None, None].unbind(1)
-    window = window[:, :, :-1] * (1 - part_x) + window[:, :, 1:] * part_x
-    return window[:, :-1] * (1 - part_y) + window[:, 1:] * part_y
+    patch = patch[:, :, :-1] * (1 - part_x) + patch[:, :, 1:] * part_x
+    return patch[:, :-1] * (1 - part_y) + patch[:, 1:] * part_y
 
 
 def _figures(patches: Tensor) -> tuple[Tensor, Tensor]:
