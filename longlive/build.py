@@ -12,6 +12,14 @@ from typing import Any
 import torch
 
 import longlive
+from longlive.builtin import (
+    BUILTIN,
+    BUILTIN_GENERATOR,
+    BUILTIN_HEIGHT_PX,
+    BUILTIN_VAE,
+    BUILTIN_WIDTH_PX,
+    builtin_encoder,
+)
 from longlive.config import ROOT, InferenceConfig, to_dict
 from longlive.data.prompts import Script, make_script, read_scripts
 from longlive.distributed import is_main, local_rank, rank, shard, world_size
@@ -20,17 +28,10 @@ from longlive.inference.pipeline import OutputConfig, load_clip, make_videos, mi
 from longlive.inference.session import Models, SessionConfig
 from longlive.inference.video import check_writable
 from longlive.models.attention import select_attention
-from longlive.models.dit import PRESETS, WanDiT
+from longlive.models.dit import WanDiT
 from longlive.models.kv_cache import CacheConfig
-from longlive.models.text_encoder import (
-    PromptCache,
-    TextEncoder,
-    TextEncoderConfig,
-    byte_tokens,
-    load_tokenizer,
-    offload,
-)
-from longlive.models.vae import VAEConfig, WanVAE
+from longlive.models.text_encoder import PromptCache, TextEncoder, load_tokenizer, offload
+from longlive.models.vae import WanVAE
 from longlive.rollout import SamplerConfig
 from longlive.weights.files import check_finite, fingerprint, load_into
 from longlive.weights.formats import (
@@ -49,10 +50,6 @@ from longlive.weights.lora import attach_lora, check_rank, merge_lora, read_lora
 
 log = logging.getLogger(__name__)
 
-BUILTIN = "tiny"
-"""`model_name` of the built-in model, which needs no files."""
-BUILTIN_VAE = VAEConfig(base_dim=8)
-BUILTIN_HEIGHT_PX, BUILTIN_WIDTH_PX = 64, 96
 PUBLISHED_WEIGHTS = {
     "model_name": "Wan2.1-T2V-1.3B",
     "wan_folder": str(ROOT / "wan_models"),
@@ -233,14 +230,10 @@ def load_generator(config: InferenceConfig, device: torch.device, dtype: torch.d
     lora_path, lora = config.lora_ckpt or "", None if config.lora_ckpt is None else read_lora(config.lora_ckpt)
     if lora is not None:
         check_rank(lora, adapter.rank, lora_path)
-    if config.model_name == BUILTIN and config.generator_ckpt is None:
-        source: str | Path = "the built-in model"
-        dit_config, state = PRESETS[BUILTIN], builtin_modules()[0].state_dict()
-    else:
-        source = config.generator_ckpt or wan_path(config)
-        network = "generator_ema" if config.use_ema and config.generator_ckpt else "generator"
-        dit_config, state = read_generator(source, wan_path(config), network)
-        check_finite(state, source)
+    source = config.generator_ckpt or (BUILTIN_GENERATOR if config.model_name == BUILTIN else wan_path(config))
+    network = "generator_ema" if config.use_ema and config.generator_ckpt else "generator"
+    dit_config, state = read_generator(source, wan_path(config), network)
+    check_finite(state, source)
     if lora is not None and config.merge_lora:
         state = merge_lora(state, lora, adapter.alpha, lora_path, dtype)
     with torch.device("meta"):
@@ -251,21 +244,12 @@ def load_generator(config: InferenceConfig, device: torch.device, dtype: torch.d
     return generator
 
 
-def builtin_modules() -> tuple[WanDiT, WanVAE, TextEncoder]:
-    """The parts of the model that is there without any download. Random weights, always the same ones."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return WanDiT(PRESETS[BUILTIN]), WanVAE(BUILTIN_VAE), TextEncoder(TextEncoderConfig.tiny(), byte_tokens)
-
-
 def load_vae(folder: Path | None, dtype: torch.dtype, vae_ckpt: str | None = None) -> WanVAE:
     """The VAE in `dtype` on the CPU, from the file `vae_ckpt`, a Wan folder, or, without either, the built-in one.
 
     Raises InputError for files that do not fit.
     """
-    source = vae_ckpt or folder
-    if source is None:
-        return builtin_modules()[1].to(dtype)
+    source = vae_ckpt or folder or BUILTIN_VAE
     config, state = read_vae(source)
     with torch.device("meta"):
         vae = WanVAE(config)
@@ -280,7 +264,7 @@ def load_encoder(folder: Path | None, text_len: int) -> TextEncoder:
     text_len: tokens of a prompt. Raises InputError for files that do not fit.
     """
     if folder is None:
-        return builtin_modules()[2]
+        return builtin_encoder()
     config, state, tokenizer = read_text_encoder(folder)
     with torch.device("meta"):
         encoder = TextEncoder(replace(config, text_len=text_len), load_tokenizer(tokenizer))

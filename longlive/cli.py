@@ -1,4 +1,4 @@
-"""The command line: `python -m longlive inference | interactive | train | clips | export | plot | convert`.
+"""The command line: `python -m longlive inference | interactive | train | clips | evaluate | export | plot | convert`.
 
 Mistakes of the user end in one line on stderr and exit code 2, a training run that broke in one line and 1, Ctrl-C in
 130; anything else is a bug and keeps its traceback. A training run that was asked to stop, by SIGTERM or by Ctrl-C, has
@@ -196,6 +196,32 @@ def _clips(argv: Sequence[str]) -> None:
     make_clips(config)
 
 
+def _evaluate(argv: Sequence[str]) -> None:
+    """measure what a model makes of a suite of prompts, or compare such results"""
+    from longlive.eval.evaluate_config import EvaluateConfig
+
+    parser = _Parser("evaluate", f"{_evaluate.__doc__}.", _describe_keys(EvaluateConfig))
+    parser.add_argument("--suite", choices=("shapes",), default="shapes", help="what is made and how it is judged")
+    parser.add_argument("--seed", metavar="N", help="short for seed=N")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="the figures")
+    parser.add_argument("--compare", metavar="NAME=FILE", nargs="+", help="results to compare, instead of measuring")
+    parser.add_argument("--out", metavar="DIR", type=Path, default=Path(), help="folder of the comparison (default: .)")
+    args = _parse_settings(parser, argv, "shapes_evaluate.yaml")
+    if args.compare:
+        from longlive.eval.report import compare
+
+        logging.getLogger("longlive").info("%s\n%s", *compare(args.compare, args.out))
+        return
+    if args.json is None:
+        raise InputError("evaluate needs --json FILE, where the figures go, or --compare NAME=FILE …")
+    seed = [] if args.seed is None else [f"seed={args.seed}"]
+    config, explicit = load_config(EvaluateConfig, args.config_path, [*args.overrides, *seed])
+
+    from longlive.eval.shapes import run_shapes
+
+    run_shapes(config, explicit, args.json)
+
+
 def _export(argv: Sequence[str]) -> None:
     """write the weights of a training run's newest checkpoint for inference"""
     parser = _Parser("export", f"{_export.__doc__}.", "")
@@ -234,6 +260,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "interactive": _interactive,
     "train": _train,
     "clips": _clips,
+    "evaluate": _evaluate,
     "export": _export,
     "plot": _plot,
     "convert": _convert,
@@ -251,6 +278,12 @@ def _generate(name: str, argv: Sequence[str], default_config: str) -> None:
 
 def _config_arguments(parser: _Parser, argv: Sequence[str], default_config: str) -> tuple[Path, list[str]]:
     """The configuration file and the overrides that a command line gives."""
+    args = _parse_settings(parser, argv, default_config)
+    return args.config_path, args.overrides
+
+
+def _parse_settings(parser: _Parser, argv: Sequence[str], default_config: str) -> argparse.Namespace:
+    """Parse a command line of `config_path`, `overrides` and what the parser knows already."""
     parser.add_argument(
         "--config_path",
         "--config-path",
@@ -263,7 +296,7 @@ def _config_arguments(parser: _Parser, argv: Sequence[str], default_config: str)
     args, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         raise InputError(f"unknown option {unknown[0]}: settings are written key=value, for example seed=3")
-    return args.config_path, args.overrides
+    return args
 
 
 def _describe_keys(schema: type[Section]) -> str:

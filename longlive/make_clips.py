@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from longlive.build import BUILTIN, choose_device, choose_dtype, load_encoder, load_vae, place_encoder, place_vae
+from longlive.build import choose_device, choose_dtype, load_encoder, load_vae, place_encoder, place_vae
+from longlive.builtin import BUILTIN
 from longlive.clips_config import ClipsConfig
 from longlive.config import to_dict
 from longlive.data.clips import ClipWriter, PixelClips, PixelSource

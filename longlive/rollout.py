@@ -7,28 +7,43 @@ block by block and training builds on the same functions. Latents are [B, F, C, 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from longlive.flow import FlowSchedule, add_noise, flow_to_x0
 from longlive.models.dit import TextKV, WanDiT
-from longlive.models.kv_cache import CacheConfig, KVCache, SinkWrite
+from longlive.models.kv_cache import CacheConfig, CachePlan, KVCache, SinkWrite
 
 RenoiseFn = Callable[[int], Tensor]
 """Fresh noise [B, F, C, height, width] for the renoising after denoising step i."""
 
-SwitchPolicy = Literal["keep", "rewrite", "published_training"]
+SwitchPolicy = Literal["keep", "rewrite", "published_training", "none"]
 """What becomes of the cache at a prompt switch, once the video is longer than the window.
 
 keep: the sink stays as it is, the rest of the window is recomputed under the new prompt (`global_sink: true`).
 rewrite: the whole window is recomputed and its first frames become the new sink (`global_sink: false`).
 published_training: everything is zeroed, the newest 21 frames are recomputed, the sink stays zero.
+none: nothing is recomputed; the new prompt meets a cache made under the old one.
 In a video no longer than the window all frames are recomputed, the sink among them, whatever the policy.
 """
 
 PUBLISHED_TRAINING_RECACHE_FRAMES = 21
+
+
+class Passes(Protocol):
+    """What a rollout asks of a transformer: a `WanDiT`, or its passes replayed."""
+
+    def __call__(
+        self, latents: Tensor, timesteps: Tensor, text: TextKV, *, cache: KVCache, plan: CachePlan
+    ) -> Tensor: ...
+
+    def remember(
+        self, latents: Tensor, timesteps: Tensor, text: TextKV, *, cache: KVCache, plan: CachePlan
+    ) -> None: ...
+
+    def project_text(self, prompt_embeds: Tensor) -> TextKV: ...
 
 
 @dataclass(frozen=True)
@@ -79,7 +94,7 @@ class BlockTraining:
 
 
 def denoise_block(
-    model: WanDiT,
+    model: Passes,
     noise: Tensor,
     text: TextKV,
     cache: KVCache,
@@ -122,7 +137,7 @@ def denoise_block(
 
 @torch.no_grad()
 def recache(
-    model: WanDiT,
+    model: Passes,
     recent: Tensor,
     num_frames: int,
     text: TextKV,
@@ -162,7 +177,7 @@ class Rollout:
 
     def __init__(
         self,
-        model: WanDiT,
+        model: Passes,
         sampler: Sampler,
         cache: KVCache,
         policy: SwitchPolicy = "keep",
@@ -178,7 +193,7 @@ class Rollout:
     def set_text(self, text: TextKV) -> None:
         """Take a new prompt for all coming frames; frames made so far are recached under it."""
         self.text = text
-        if self.recent is not None:
+        if self.recent is not None and self.policy != "none":
             timestep = self.sampler.config.context_timestep
             recache(self.model, self.recent, self.num_frames, text, self.cache, self.policy, timestep)
 

@@ -15,16 +15,19 @@ import torch
 
 from longlive.build import (
     choose_device,
+    choose_dtype,
     place_encoder,
 )
 from longlive.config import to_dict, to_yaml
-from longlive.data.clips import PixelClips
+from longlive.data.clips import PixelClips, PixelPool, PixelSource
 from longlive.data.order import Order
+from longlive.data.shapes.clips import ShapesClips
+from longlive.data.shapes.render import render
 from longlive.distributed import is_main, local_world_size, world_size
 from longlive.errors import InputError
 from longlive.inference.video import check_writable
-from longlive.models.vae import VAEConfig, WanVAE
-from longlive.train_build import ema_config, make_trainer, optimizer_config, trainer_config
+from longlive.models.vae import RMSNorm, VAEConfig, WanVAE
+from longlive.train_build import WORLD_BATCH_SIZE, ema_config, graphed, make_trainer, optimizer_config, trainer_config
 from longlive.train_config import CAUSAL, TrainConfig, load_train_config
 from longlive.train_inputs import Inputs, read_base, read_inputs
 from longlive.training.checkpoint import Checkpoints, check_identity, find_latest
@@ -36,7 +39,7 @@ from longlive.training.networks import Weights
 from longlive.training.parallel import Group, process_group, shard
 from longlive.training.sequence_parallel import share_frames
 from longlive.training.trainer import Network, Trainer
-from longlive.training.vae_stage import Autoencoder, VAELossConfig, VAETraining
+from longlive.training.vae_stage import Autoencoder, VAELossConfig, VAETraining, begin_as_images
 from longlive.weights.files import atomic_file, fingerprint, shorten, write_json
 from longlive.weights.formats import DIT, find_weights
 
@@ -119,10 +122,11 @@ def export_checkpoint(config: TrainConfig, checkpoint: Path) -> None:
     """Write the weights of a checkpoint and, of a causal model, a configuration that generates with them."""
     folder = Path(config.logdir)
     if config.stage == "vae":
-        clips, order = vae_data(config)
-        written = export_vae(
-            checkpoint, folder, (clips.pixels([order[i]]) for i in range(num_statistics_clips(config)))
-        )
+        device, num_clips = choose_device(config.device), num_statistics_clips(config)
+        clips = pixel_clips(replace(config, num_scenes=num_clips), device)
+        order = Order(len(clips), config.seed)
+        batches = (clips.pixels([order[i]]).to(device) for i in range(num_clips))
+        written = export_vae(checkpoint, folder, batches, device)
     else:
         written = export(checkpoint, folder, read_base(config) if config.has_lora else None, config.adapter.alpha)
     for path in written:
@@ -174,6 +178,8 @@ def generator_job(config: TrainConfig) -> Job:
 
     def make(group: Group, checkpoints: Checkpoints) -> Trainer:
         encode_prompts = place_encoder(inputs.encoder, group.device, config.low_memory)
+        if config.world is not None:
+            encode_prompts.fill([prompt for prompts in inputs.prompts for prompt in prompts])
         return make_trainer(config, inputs, encode_prompts, group, checkpoints)
 
     return Job(run_identity(config, inputs), make)
@@ -205,12 +211,15 @@ def source_of(weights: Weights) -> str:
     return fingerprint(find_weights(DIT, path)) if path.exists() else str(weights.source)
 
 
-def vae_data(config: TrainConfig) -> tuple[PixelClips, Order]:
-    """The clips that a VAE trains on, and their order."""
-    assert config.clips_path is not None
+def pixel_clips(config: TrainConfig, device: torch.device) -> PixelSource:
+    """The clips that a VAE trains on: files, or scenes of a world, which are drawn on the device and stay there."""
     num_video_frames = 1 + VAEConfig().temporal_factor * (config.num_training_frames - 1)
-    clips = PixelClips(config.clips_path, config.height, config.width, num_video_frames, config.fps)
-    return clips, Order(len(clips), config.seed)
+    if config.world is None:
+        assert config.clips_path is not None
+        return PixelClips(config.clips_path, config.height, config.width, num_video_frames, config.fps)
+    scenes = ShapesClips(config.num_scenes, config.seed).scenes(range(config.num_scenes))
+    parts = [scenes[start : start + WORLD_BATCH_SIZE] for start in range(0, len(scenes), WORLD_BATCH_SIZE)]
+    return PixelPool(torch.cat([render(part, 0, num_video_frames, device) for part in parts]))
 
 
 def num_statistics_clips(config: TrainConfig) -> int:
@@ -222,18 +231,30 @@ def num_statistics_clips(config: TrainConfig) -> int:
 def vae_job(config: TrainConfig) -> Job:
     """The stage of the VAE."""
     z_dim = config.vae_z_dim
-    vae_config = VAEConfig(config.vae_base_dim, z_dim, latents_mean=(0.0,) * z_dim, latents_std=(1.0,) * z_dim)
-    clips, order = vae_data(config)
+    statistics: dict[str, Any] = {"latents_mean": (0.0,) * z_dim, "latents_std": (1.0,) * z_dim}
+    vae_config = VAEConfig(config.vae_base_dim, z_dim, num_res_blocks=config.vae_num_res_blocks, **statistics)
+    if config.world is None:
+        pixel_clips(config, torch.device("cpu"))  # to see now whether they can be read
 
     def make(group: Group, checkpoints: Checkpoints) -> Trainer:
+        clips = pixel_clips(config, group.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived_seed(config.seed, "weights"))
-            autoencoder = Autoencoder(WanVAE(vae_config)).to(group.device)
-        shard(autoencoder, group, None if group.device.type == "cpu" else torch.bfloat16)
+            autoencoder = Autoencoder(WanVAE(vae_config))
+            begin_as_images(autoencoder.vae)
+        autoencoder.to(group.device)
+        dtype = choose_dtype("auto", group.device)
+        shard(autoencoder, group, dtype)
+        if config.compile:  # the norms alone, whose kernels suit few channels badly: all would take a minute
+            for module in autoencoder.modules():
+                if isinstance(module, RMSNorm):
+                    module.compile(dynamic=True)
         loss = VAELossConfig(config.kl_weight, config.foreground_weight)
         clock = Clock(group.device)
-        stage = VAETraining(autoencoder, vae_config, clips, order, loss, clock)
-        networks = {"vae": Network(autoencoder, optimizer_config(config), ema_config(config))}
+        stage = VAETraining(
+            graphed(autoencoder, config, group), vae_config, clips, Order(len(clips), config.seed), loss, clock
+        )
+        networks = {"vae": Network(autoencoder, optimizer_config(config), ema_config(config), dtype)}
         return Trainer(stage, networks, trainer_config(config, group), group, checkpoints, None, clock)
 
     sizes = {"vae": asdict(vae_config), "frames": config.num_training_frames}

@@ -1,15 +1,23 @@
 """From a training configuration and its inputs to models on the device, stage and trainer. Layer 4."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
 
 from longlive.build import (
     choose_dtype,
     place_vae,
 )
+from longlive.data.clips import LatentPool, LatentSource
 from longlive.data.order import Order
+from longlive.data.shapes.clips import ShapesClips
+from longlive.distributed import is_main
+from longlive.graphs import GraphedModule, GraphedPasses
 from longlive.inference.session import Models, SessionConfig
 from longlive.models.attention import select_attention
 from longlive.models.dit import WanDiT
@@ -41,8 +49,11 @@ from longlive.training.networks import (
 from longlive.training.parallel import Group
 from longlive.training.sequence_parallel import SequenceParallel
 from longlive.training.stage import Stage
+from longlive.training.teacher_forcing import TeacherForced
 from longlive.training.trainer import EMAConfig, Network, OptimizerConfig, Trainer, TrainerConfig
 from longlive.weights.lora import Lora
+
+WORLD_BATCH_SIZE = 64
 
 
 def make_trainer(
@@ -59,7 +70,7 @@ def make_trainer(
     )
     place_vae(inputs.vae, group.device, dtype)
     generator = make_trained(inputs.generator, lora_config(config, inputs.lora), group, compute)
-    networks = {"generator": Network(generator, optimizer_config(config), ema_config(config))}
+    networks = {"generator": Network(generator, optimizer_config(config), ema_config(config), dtype)}
     lora_scale = config.adapter.alpha / config.adapter.rank
     rollout = make_rollout_copy(inputs.generator.config, group, compute) if needs_copy(config) else None
     stage: Stage
@@ -69,19 +80,26 @@ def make_trainer(
         assert rollout is not None
         critic_lora = lora_config(config, inputs.critic_lora) if config.adapter.apply_to_critic else None
         critic = make_trained(inputs.critic, critic_lora, group, compute)
-        networks["critic"] = Network(critic, critic_optimizer_config(config))
+        teacher = make_teacher(config, inputs.teacher, group, compute)
+        networks["critic"] = Network(critic, critic_optimizer_config(config), compute_dtype=dtype)
         players = Players(
             generator=generator,
             rollout=rollout,
-            critic=critic,
-            teacher=make_teacher(config, inputs.teacher, group, compute),
+            passes=GraphedPasses(rollout) if has_graphs(config, group) else rollout,
+            critic=graphed(critic, config, group),
+            teacher=graphed(teacher, config, group) if isinstance(teacher, WanDiT) else teacher,
             vae=inputs.vae,
             encode_prompts=encode_prompts,
             lora_scale=lora_scale,
         )
         stage = make_matching(config, inputs, players, clock)
     else:
-        stage = make_flow_matching(config, inputs, generator, encode_prompts, clock, compute)
+        if config.stage == "pretrain":
+            model: nn.Module = generator
+        else:
+            sampling = config.num_frame_per_block, float(config.context_noise)
+            model = TeacherForced(generator, cache_config(config), *sampling, compute.attention)
+        stage = make_flow_matching(config, inputs, graphed(model, config, group), encode_prompts, clock)
     sample = None
     if rollout is not None and config.vis_interval:
         models = Models(rollout, inputs.vae, encode_prompts)
@@ -92,6 +110,16 @@ def make_trainer(
     return Trainer(
         stage, networks, trainer_config(config, group), group, checkpoints, metrics=None, clock=clock, sample=sample
     )
+
+
+def has_graphs(config: TrainConfig, group: Group) -> bool:
+    """Whether passes are replayed as CUDA graphs."""
+    return config.cuda_graphs and group.device.type == "cuda" and group.world_size == 1
+
+
+def graphed(module: nn.Module, config: TrainConfig, group: Group) -> Callable[..., Any]:
+    """A module, or its calls replayed."""
+    return GraphedModule(module) if has_graphs(config, group) else module
 
 
 def needs_copy(config: TrainConfig) -> bool:
@@ -151,17 +179,16 @@ def make_matching(config: TrainConfig, inputs: Inputs, players: Players, clock: 
 def make_flow_matching(
     config: TrainConfig,
     inputs: Inputs,
-    generator: WanDiT,
+    generator: Callable[..., Tensor],
     encode_prompts: EncodePrompts,
     clock: Clock,
-    compute: Compute,
 ) -> Pretrain | CausalInit:
-    """The stage of those that train on clips."""
-    assert inputs.clips is not None
+    """The stage of those that train on clips. generator: the model as the stage calls it."""
+    clips: LatentSource = inputs.clips or encode_world(config, inputs, clock.device)
     common: dict[str, Any] = {
         "generator": generator,
-        "clips": inputs.clips,
-        "order": Order(len(inputs.clips), config.seed),
+        "clips": clips,
+        "order": Order(len(clips), config.seed),
         "encode_prompts": encode_prompts,
         "negative_prompt": config.negative_prompt,
         "config": FlowMatchingConfig(config.model_kwargs.timestep_shift, config.prompt_dropout),
@@ -169,8 +196,21 @@ def make_flow_matching(
     }
     if config.stage == "pretrain":
         return Pretrain(**common)
-    sampler = Sampler(sampler_config(config))
-    return CausalInit(**common, cache=cache_config(config), sampler=sampler, attention=compute.attention)
+    return CausalInit(**common, sampler=Sampler(sampler_config(config)))
+
+
+@torch.no_grad()
+def encode_world(config: TrainConfig, inputs: Inputs, device: torch.device) -> LatentPool:
+    """The latents of all scenes of a world, drawn and encoded on the device, where they stay."""
+    factor, batch_size = inputs.vae.config.temporal_factor, WORLD_BATCH_SIZE
+    num_video_frames = 1 + factor * (config.clip_frames - 1)
+    scenes = ShapesClips(config.num_scenes, config.seed, num_video_frames, device=device)
+    dtype = next(inputs.vae.parameters()).dtype
+    latents = [
+        inputs.vae.encode(scenes.pixels(range(start, min(start + batch_size, len(scenes)))).to(dtype)).float()
+        for start in tqdm(range(0, len(scenes), batch_size), desc="encoding scenes", disable=not is_main())
+    ]
+    return LatentPool([prompt for (prompt,) in inputs.prompts], torch.cat(latents))
 
 
 def cache_config(config: TrainConfig) -> CacheConfig:

@@ -26,6 +26,7 @@ from longlive.config import (
     one_of,
     setting,
 )
+from longlive.data.shapes import FPS, HEIGHT, WIDTH
 from longlive.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 STAGES = ("self_forcing", "streaming", "causal_init", "pretrain", "vae")
 DISTRIBUTION_MATCHING = ("self_forcing", "streaming")
 CAUSAL = (*DISTRIBUTION_MATCHING, "causal_init")
+
+WORLD_SIZE = (HEIGHT, WIDTH, FPS)
 
 BELOW_1 = Rule("at least 0 and below 1", lambda value: 0 <= value < 1)
 
@@ -124,6 +127,10 @@ class TrainConfig(Section):
     clips_path: str | None = setting(
         None, "causal_init, pretrain, vae: .jsonl of clips with prompts (python -m longlive clips --help)", path=True
     )
+    world: str | None = setting(
+        None, "train on scenes of this procedural world instead of data_path and clips_path", one_of("shapes")
+    )
+    num_scenes: int = setting(32768, "scenes of the world to train on", at_least(1))
     negative_prompt: str = setting("", "what guidance leads away from")
     prompt_dropout: float = setting(0.1, "causal_init, pretrain: share of clips without prompt", between(0, 1))
     batch_size: int = setting(1, "videos per process and micro-batch", at_least(1))
@@ -187,6 +194,7 @@ class TrainConfig(Section):
     ema_start_step: int = setting(200, "step from which the average is one", at_least(0))
 
     vae_base_dim: int = setting(8, "vae: width of the first level", at_least(1))
+    vae_num_res_blocks: int = setting(2, "vae: residual blocks of a level", at_least(1))
     vae_z_dim: int = setting(16, "vae: latent channels", at_least(1))
     kl_weight: float = setting(1e-4, "vae: weight of the KL term", at_least(0))
     foreground_weight: float = setting(1.0, "vae: weight of pixels unlike their frame's median colour", at_least(1))
@@ -203,6 +211,9 @@ class TrainConfig(Section):
     device: str = setting("auto", "auto = cuda where there is one", DEVICE)
     attention: str = setting("auto", "attention kernel", one_of("auto", "sdpa", "cudnn", "flash2", "flash3"))
     compile: bool = setting(False, "compile the blocks of all transformers: slow to start, then faster")
+    cuda_graphs: bool = setting(
+        False, "replay passes as CUDA graphs, for small models on one GPU; needs activation_checkpointing=none"
+    )
     activation_checkpointing: str = setting(
         "selective",
         "what the backward pass computes again, to save memory: nothing, all but attention, or all",
@@ -251,8 +262,15 @@ class TrainConfig(Section):
             raise InputError(
                 "model_kwargs.use_infinite_attention=true: training uses absolute positions, generating may use others"
             )
-        if self.stage in ("causal_init", "pretrain", "vae") and self.clips_path is None:
+        if self.stage not in DISTRIBUTION_MATCHING and self.clips_path is None and self.world is None:
             raise InputError(f"clips_path is not given, and stage={self.stage} trains on clips")
+        if self.world is not None and self.clips_path is not None:
+            raise InputError(f"world={self.world}, clips_path={self.clips_path}: there can be only one of them")
+        if self.world is not None and (self.height, self.width, self.fps) != WORLD_SIZE:
+            height, width, fps = WORLD_SIZE
+            raise InputError(f"world={self.world}: its pictures are of height={height}, width={width}, fps={fps}")
+        if self.cuda_graphs and self.activation_checkpointing != "none" and self.stage != "vae":
+            raise InputError("cuda_graphs=true: needs activation_checkpointing=none")
         if self.min_score_timestep >= self.max_score_timestep:
             raise InputError(f"min_score_timestep={self.min_score_timestep}: must be less than max_score_timestep")
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 
 from longlive.build import (
-    BUILTIN,
-    builtin_modules,
     find_wan_folder,
     load_encoder,
     load_vae,
 )
+from longlive.builtin import BUILTIN, BUILTIN_GENERATOR
 from longlive.data.clips import LatentClips
 from longlive.data.prompts import read_pairs, read_prompts
+from longlive.data.shapes.clips import ShapesClips, ShapesSwitches
 from longlive.errors import InputError
 from longlive.models.dit import PRESETS, DiTConfig, WanDiT, init_weights
 from longlive.models.text_encoder import TextEncoder
@@ -118,6 +118,8 @@ def check_complete(lora: Lora, state: StateDict, source: str) -> None:
 
 def read_data(config: TrainConfig) -> tuple[list[tuple[str, ...]], LatentClips | None]:
     """Prompts, in pairs where they switch; for stages that train on clips these, and prompts for samples if wanted."""
+    if config.world is not None:
+        return world_prompts(config), None
     if config.stage not in DISTRIBUTION_MATCHING:
         assert config.clips_path is not None
         prompts = read_prompts(config.data_path) if config.vis_interval else []
@@ -126,6 +128,15 @@ def read_data(config: TrainConfig) -> tuple[list[tuple[str, ...]], LatentClips |
         config.switch_frames()
         return list(read_pairs(config.data_path, config.switch_prompt_path)), None
     return [(prompt,) for prompt in read_prompts(config.data_path)], None
+
+
+def world_prompts(config: TrainConfig) -> list[tuple[str, ...]]:
+    """The prompts of all scenes of a world, in pairs where they switch."""
+    items = range(config.num_scenes)
+    if config.stage == "streaming" and config.has_switch:
+        config.switch_frames()
+        return list(ShapesSwitches(config.num_scenes, config.seed, switch_video_frame=0).prompts(items))
+    return [(prompt,) for prompt in ShapesClips(config.num_scenes, config.seed).prompts(items)]
 
 
 def check_clips(config: TrainConfig, clips: LatentClips, vae: WanVAE) -> None:
@@ -203,7 +214,7 @@ def read_critic(config: TrainConfig) -> Weights:
 def read_network(wan_folder: str, path: str | None, name: str, key: str) -> Weights:
     """A transformer from the file `path`, or of the Wan model called `name`, which the configuration's `key` tells."""
     if path is None and name == BUILTIN:
-        return Weights(PRESETS[BUILTIN], dict(builtin_modules()[0].state_dict()), "the built-in model")
+        path = str(BUILTIN_GENERATOR)
     if path is not None:
         folder = find_wan_folder(wan_folder, name)
         source, (dit_config, state) = path, read_generator(path, folder)

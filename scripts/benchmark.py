@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from longlive.build import BUILTIN_VAE, choose_device, choose_dtype, compile_models
+from longlive.build import choose_device, choose_dtype, compile_models
 from longlive.inference.session import Models, Session, SessionConfig
 from longlive.models.attention import select_attention
 from longlive.models.dit import PRESETS, WanDiT
@@ -28,7 +28,7 @@ from longlive.rollout import SamplerConfig, constant_timesteps, recache
 def random_models(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Models:
     """Models of full size made on the device; prompts are random embeddings."""
     config = PRESETS[args.preset]
-    vae_config = VAEConfig() if args.preset != "tiny" else BUILTIN_VAE
+    vae_config = VAEConfig() if args.preset != "tiny" else VAEConfig(base_dim=8)
     with torch.device(device):
         torch.manual_seed(0)
         generator = WanDiT(config, select_attention(args.attention, device, dtype))

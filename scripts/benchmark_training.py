@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from longlive.build import BUILTIN_VAE, choose_device
+from longlive.build import choose_device
 from longlive.config import load_config
 from longlive.models.dit import PRESETS, DiTConfig, WanDiT
 from longlive.models.text_encoder import TextEncoder, TextEncoderConfig, byte_tokens
@@ -70,7 +70,7 @@ def random_inputs(args: argparse.Namespace, device: torch.device) -> Inputs:
     weights = [Weights(config, RandomWeights(config, device), "random") for config in (student, student, teacher)]
     torch.manual_seed(0)
     with device:
-        vae = WanVAE(BUILTIN_VAE if args.preset == "tiny" else VAEConfig())
+        vae = WanVAE(VAEConfig(base_dim=8) if args.preset == "tiny" else VAEConfig())
     return Inputs(
         generator=weights[0],
         critic=weights[1],

@@ -13,10 +13,10 @@ PACKAGE = Path(__file__).parents[1] / "longlive"
 LAYERS = (
     ("__init__", "errors", "flow", "distributed"),
     ("models",),
-    ("rollout", "quantize", "weights", "data"),
+    ("rollout", "graphs", "quantize", "weights", "data"),
     ("inference", "training"),
     (
-        *("config", "build", "train_config", "train_inputs", "train_build", "train_samples", "train"),
+        *("builtin", "config", "build", "train_config", "train_inputs", "train_build", "train_samples", "train"),
         *("clips_config", "make_clips"),
     ),
     ("eval", "web"),

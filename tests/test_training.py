@@ -33,9 +33,9 @@ from longlive.training.checkpoint import read_state
 from longlive.training.distribution_matching import DistributionMatching, Streaming
 from longlive.training.draw import Draw
 from longlive.training.flow_matching import CausalInit, FlowMatching
-from longlive.training.parallel import copy_weights, whole
+from longlive.training.parallel import copy_weights, local, whole
 from longlive.training.streaming import ChunkNoise, StreamingSequence
-from longlive.training.teacher_forcing import teacher_forced_flow
+from longlive.training.teacher_forcing import TeacherForced
 from longlive.training.trainer import EMAConfig, Network, NonFiniteError, OptimizerConfig, Trainer
 from longlive.weights.lora import attach_lora
 
@@ -90,7 +90,7 @@ def denoising_error(trainer: Trainer, setup: Setup) -> float:
     xt = add_noise(x0, draw_at(0, len(items)).normal(*x0.shape[1:]), sigma)
     timesteps = torch.full(x0.shape[:2], timestep)
     if isinstance(stage, CausalInit):
-        flow = teacher_forced_flow(stage.generator, xt, x0, timesteps, text, cache_of(setup), setup.block, 0.0, sdpa)
+        flow = stage.generator(xt, x0, timesteps, text)
     else:
         flow = stage.generator(xt, timesteps, text)
     return (xt - sigma * flow - x0).square().mean().item()
@@ -184,7 +184,7 @@ def test_teacher_forcing_sees_what_the_cache_shows(window: int, sink: int, block
     clean, noisy = torch.randn(2, 2, num_frames, *LATENT)
     text = embed(["one", "two"])
     timesteps = (torch.rand(2, num_frames // block) * 1000).repeat_interleave(block, dim=1)
-    flow = teacher_forced_flow(model, noisy, clean, timesteps, text, config, block, context_timestep, sdpa)
+    flow = TeacherForced(model, config, block, context_timestep, sdpa)(noisy, clean, timesteps, text)
     cache = model.new_cache(config, 2, *LATENT[1:])
     for start in range(0, num_frames, block):
         own = slice(start, start + block)
@@ -432,7 +432,7 @@ def test_a_gradient_that_is_no_number_changes_nothing(tmp_path: Path, value: flo
         trainer.stage.loss("generator", draw_at(0)).value.backward()
         bad = network.parameters["blocks.1.ffn.0.weight"].grad
         assert bad is not None
-        bad.to_local()[3, 4] = value  # type: ignore[attr-defined]
+        local(bad)[3, 4] = value
         before = trainer_values(trainer)
         with pytest.raises(NonFiniteError, match=r"gradient of blocks\.1\.ffn\.0\.weight$"):
             network.update(1, 10)
@@ -446,7 +446,7 @@ def trainer_values(trainer: Trainer) -> dict[str, Tensor]:
         state = network.state()
         for part in ("weights", "ema"):
             found |= {f"{name}.{part}.{key}": tensor for key, tensor in state.get(part, {}).items()}
-        for key, moments in state["optimizer"]["state"].items():
+        for key, moments in state["optimizer"].items():
             found |= {f"{name}.optimizer.state.{key}.{moment}": tensor for moment, tensor in moments.items()}
     return values(found)
 

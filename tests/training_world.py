@@ -19,7 +19,7 @@ from longlive.data.clips import ClipBatch
 from longlive.data.order import Order
 from longlive.flow import FlowSchedule, add_noise, x0_to_flow
 from longlive.models.attention import sdpa
-from longlive.models.dit import Remat
+from longlive.models.dit import Remat, WanDiT
 from longlive.models.kv_cache import CacheConfig
 from longlive.models.vae import WanVAE
 from longlive.rollout import Sampler, SamplerConfig, SwitchPolicy
@@ -39,6 +39,7 @@ from longlive.training.metrics import Metrics, read_metrics
 from longlive.training.networks import Compute, LoraConfig, Weights, make_rollout_copy, make_trained
 from longlive.training.parallel import Group, process_group
 from longlive.training.stage import Stage
+from longlive.training.teacher_forcing import TeacherForced
 from longlive.training.trainer import EMAConfig, Network, OptimizerConfig, Trainer, TrainerConfig
 
 CPU = torch.device("cpu")
@@ -160,9 +161,11 @@ def make_matching(
 ) -> SelfForcing | Streaming:
     vae = WanVAE(TINY_VAE).eval().requires_grad_(False)
     randomize(vae, std=0.25)
+    rollout = make_rollout_copy(TINY_DIT, group, compute)
     players = Players(
         generator=networks["generator"].module,  # type: ignore[arg-type]
-        rollout=make_rollout_copy(TINY_DIT, group, compute),
+        rollout=rollout,
+        passes=rollout,
         critic=networks["critic"].module,  # type: ignore[arg-type]
         teacher=setup.teacher,
         vae=vae,
@@ -194,8 +197,12 @@ def make_matching(
 
 
 def make_flow_matching(setup: Setup, generator: Network, clock: Clock) -> Pretrain | CausalInit:
+    model = generator.module
+    if setup.stage == "causal_init":
+        assert isinstance(model, WanDiT)
+        model = TeacherForced(model, cache_of(setup), setup.block, 0.0, sdpa)
     common: dict[str, Any] = {
-        "generator": generator.module,
+        "generator": model,
         "clips": ToyClips(setup),
         "order": Order(len(PROMPTS), seed=7),
         "encode_prompts": embed,
@@ -205,7 +212,7 @@ def make_flow_matching(setup: Setup, generator: Network, clock: Clock) -> Pretra
     }
     if setup.stage == "pretrain":
         return Pretrain(**common)
-    return CausalInit(**common, cache=cache_of(setup), sampler=sampler_of(setup), attention=sdpa)
+    return CausalInit(**common, sampler=sampler_of(setup))
 
 
 @contextmanager

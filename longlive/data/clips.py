@@ -42,7 +42,7 @@ Shapes = dict[str, list[int]]
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """B clips. latents [B, F, C, h, w] and trajectory [B, S, F, C, h, w] or None, float32 on the CPU."""
+    """B clips. latents [B, F, C, h, w] and trajectory [B, S, F, C, h, w] or None, float32, on the source's device."""
 
     prompts: list[str]
     latents: Tensor
@@ -58,7 +58,7 @@ class LatentSource(Protocol):
 
 
 class PixelSource(Protocol):
-    """Clips of pixels to train on: `pixels` gives [B, F, 3, H, W] in [-1, 1] (F = video frames), float32 on the CPU."""
+    """Clips of pixels to train on: `pixels` gives [B, F, 3, H, W] in [-1, 1] (F = video frames), float32."""
 
     def __len__(self) -> int: ...
 
@@ -86,6 +86,36 @@ class LatentClips:
         latents = torch.stack([_read_tensor(line, "latents") for line in lines])
         trajectory = torch.stack([_read_tensor(line, "trajectory") for line in lines]) if self.num_steps else None
         return ClipBatch([line.prompt for line in lines], latents, trajectory)
+
+
+class LatentPool:
+    """Clips in memory, on any device: a `LatentSource`."""
+
+    def __init__(self, prompts: Sequence[str], latents: Tensor) -> None:
+        """latents [N, F, C, h, w] float32."""
+        self._prompts, self._latents = prompts, latents
+
+    def __len__(self) -> int:
+        return len(self._latents)
+
+    def batch(self, items: Sequence[int]) -> ClipBatch:
+        index = torch.tensor(items).to(self._latents.device, non_blocking=True)
+        return ClipBatch([self._prompts[item] for item in items], self._latents[index], None)
+
+
+class PixelPool:
+    """Clips in memory, on any device: a `PixelSource`."""
+
+    def __init__(self, frames: Tensor) -> None:
+        """frames [N, F, H, W, 3] uint8."""
+        self._frames = frames
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    def pixels(self, items: Sequence[int]) -> Tensor:
+        index = torch.tensor(items).to(self._frames.device, non_blocking=True)
+        return self._frames[index].permute(0, 1, 4, 2, 3).float() / 127.5 - 1
 
 
 class ClipWriter:

@@ -124,10 +124,7 @@ def judge(frames: Tensor | NDArray[np.uint8]) -> Reading:
 
 def judge_batch(videos: Tensor) -> list[Reading]:
     """`judge` of every video of [B, V, HEIGHT, WIDTH, 3] uint8, on their device."""
-    _check(videos[0])
-    frames = measure(videos.flatten(0, 1))
-    length = videos.shape[1]
-    return [read(_follow(_cut(frames, start, start + length))) for start in range(0, len(frames.present), length)]
+    return [read(video) for video in observe_batch(videos)]
 
 
 def observe(frames: Tensor | NDArray[np.uint8]) -> Measures:
@@ -138,6 +135,13 @@ def observe(frames: Tensor | NDArray[np.uint8]) -> Measures:
     video = torch.as_tensor(frames)
     _check(video)
     return _follow(measure(video))
+
+
+def observe_batch(videos: Tensor) -> list[Measures]:
+    """`observe` of every video of [B, V, HEIGHT, WIDTH, 3] uint8, on their device."""
+    _check(videos[0])
+    frames, length = measure(videos.flatten(0, 1)), videos.shape[1]
+    return [_follow(_cut(frames, start, start + length)) for start in range(0, len(frames.present), length)]
 
 
 def _check(video: Tensor) -> None:
@@ -222,11 +226,11 @@ def drift(first: Reading, later: Reading) -> Drift:
 def jump_px(video: Measures, frame: int, num_frames: int = 16) -> float:
     """The largest displacement of a body over 2 frames about a switch: from `frame` − 2 to `frame` + `num_frames`.
 
-    Infinite when a body is lost. The fastest motions of the world make 4 px themselves.
+    Infinite when a body is lost, or none was there. The fastest motions of the world make 4 px themselves.
     """
     before, after = _cut(video, max(frame - 2, 0), frame), _cut(video, frame, frame + num_frames)
     window = _cut(video, max(frame - 2, 0), frame + num_frames)
-    largest = 0.0
+    largest = 0.0 if before.present.any() else math.inf
     for slot in range(NUM_SLOTS):
         if not before.present[:, slot].any():
             continue

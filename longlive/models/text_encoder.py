@@ -170,5 +170,12 @@ class PromptCache:
             self._embeddings.popitem(last=False)
         return stacked
 
+    def fill(self, prompts: Sequence[str], batch_size: int = 1024) -> None:
+        """Encode and keep many prompts at once, `batch_size` at a time, for models whose rounding does not matter."""
+        self.max_prompts = max(self.max_prompts, len(prompts) + 1)
+        for start in range(0, len(prompts), batch_size):
+            part = prompts[start : start + batch_size]
+            self._embeddings.update(zip(part, self.encoder(part, self.device), strict=True))
+
     def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
         return {prompt: self.encoder([prompt], self.device)[0] for prompt in prompts}

@@ -21,7 +21,7 @@ from longlive.data.order import Order
 from longlive.models.dit import WanDiT
 from longlive.models.kv_cache import CacheConfig, KVCache
 from longlive.models.vae import WanVAE
-from longlive.rollout import PUBLISHED_TRAINING_RECACHE_FRAMES, Rollout, Sampler, SwitchPolicy
+from longlive.rollout import PUBLISHED_TRAINING_RECACHE_FRAMES, Passes, Rollout, Sampler, SwitchPolicy
 from longlive.training.clock import Clock
 from longlive.training.dmd import DMD, Score
 from longlive.training.draw import Draw
@@ -34,12 +34,14 @@ EncodePrompts = Callable[[Sequence[str]], Tensor]
 
 @dataclass(frozen=True)
 class Players:
-    """The networks of distribution matching. rollout: the generator's plain copy; lora_scale: alpha / rank of its LoRA;
-    vae: only streaming needs one; encode_prompts: texts to embeddings [B, L, text_dim]."""
+    """The networks of distribution matching. rollout: the generator's plain copy; passes: its passes, or what stands for
+    them; lora_scale: alpha / rank of its LoRA; vae: only streaming needs one; encode_prompts: texts to embeddings
+    [B, L, text_dim]."""
 
     generator: WanDiT
     rollout: WanDiT
-    critic: WanDiT
+    passes: Passes
+    critic: Score
     teacher: Score
     vae: WanVAE
     encode_prompts: EncodePrompts
@@ -157,7 +159,7 @@ class DistributionMatching(Stage):
                 frames = max(frames, sink + PUBLISHED_TRAINING_RECACHE_FRAMES)
             self._cache = self.players.rollout.new_cache(self.config.cache, batch_size, height, width, frames)
         self._cache.zero_()
-        return Rollout(self.players.rollout, self.sampler, self._cache, self.config.policy)
+        return Rollout(self.players.passes, self.sampler, self._cache, self.config.policy)
 
 
 class SelfForcing(DistributionMatching):

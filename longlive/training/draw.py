@@ -2,15 +2,23 @@
 
 A number depends on the seed, on what it is for, and on the sample it belongs to, counted over all processes since the
 start of training. A resumed run therefore draws what the uninterrupted one would have drawn, and two processes with one
-sample each draw what one process with two samples draws. (On another kind of device the numbers are others.)
+sample each draw what one process with two samples draws; up to rounding on every kind of device.
+
+Numbers are made by counting: the n-th bits of a stream are the hash of its key plus n steps (SplitMix64, Steele, Lea and
+Flood 2014), so that all samples are drawn in one go.
 """
 
 import hashlib
+import math
 import random
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+_MOST = 2**63 - 1
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as int64
+_MIXING = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 
 
 def derived_seed(*key: object) -> int:
@@ -50,18 +58,24 @@ class Draw:
         return random.Random(derived_seed(self.seed, self.purpose, self.position))
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normal numbers [B, *shape] float32."""
-        return torch.stack([torch.randn(shape, generator=g, device=self.device) for g in self._generators()])
+        """Standard normal numbers [B, *shape] float32 (Box and Muller 1958)."""
+        bits = self._bits(*shape)
+        radius = ((bits >> 32 & 0xFFFFFFFF).float() + 0.5).mul_(2.0**-32).log_().mul_(-2).clamp_(min=0).sqrt_()
+        return radius * (bits & 0xFFFFFFFF).float().mul_(2 * math.pi * 2.0**-32).cos_()
 
     def uniform(self, *shape: int) -> Tensor:
         """Uniform numbers [B, *shape] float32 in [0, 1)."""
-        return torch.stack([torch.rand(shape, generator=g, device=self.device) for g in self._generators()])
+        return (self._bits(*shape) >> 40 & 0xFFFFFF).float() * 2.0**-24
 
     def integers(self, end: int, *shape: int) -> Tensor:
         """Uniform whole numbers [B, *shape] int64 in [0, end)."""
-        drawn = [torch.randint(end, shape, generator=g, device=self.device) for g in self._generators()]
-        return torch.stack(drawn)
+        return (self._bits(*shape) >> 1 & _MOST) % end
 
-    def _generators(self) -> list[torch.Generator]:
-        seeds = [derived_seed(self.seed, self.purpose, sample) for sample in self.samples]
-        return [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
+    def _bits(self, *shape: int) -> Tensor:
+        """64 random bits each, [B, *shape] int64."""
+        keys = torch.tensor([derived_seed(self.seed, self.purpose, sample) for sample in self.samples])
+        count = torch.arange(1, math.prod(shape) + 1, device=self.device)
+        bits = keys.to(self.device, non_blocking=True)[:, None] + count * _GOLDEN
+        for shift, factor in _MIXING:
+            bits = (bits ^ (bits >> shift & _MOST >> shift - 1)) * factor
+        return (bits ^ (bits >> 31 & _MOST >> 30)).view(self.batch_size, *shape)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class EMA:
-    """shadow = decay shadow + (1 - decay) parameter, for a fixed list of parameters; sharded as they are."""
+    """shadow = decay shadow + (1 - decay) parameter, for a fixed list of parameters (what this process has of them)."""
 
     def __init__(self, parameters: Iterable[Tensor], decay: float) -> None:
         self.decay = decay
@@ -16,11 +16,9 @@ class EMA:
     @torch.no_grad()
     def update(self, parameters: Iterable[Tensor]) -> None:
         """Take in the parameters' present values, in the order given at the start."""
-        for shadow, parameter in zip(self.shadow, parameters, strict=True):
-            shadow.lerp_(parameter.detach().float(), 1 - self.decay)
+        torch._foreach_lerp_(self.shadow, [parameter.float() for parameter in parameters], 1 - self.decay)
 
     @torch.no_grad()
     def reset(self, parameters: Iterable[Tensor]) -> None:
         """Begin again at the parameters' present values."""
-        for shadow, parameter in zip(self.shadow, parameters, strict=True):
-            shadow.copy_(parameter)
+        torch._foreach_copy_(self.shadow, list(parameters))

@@ -74,9 +74,9 @@ def dit_config(sizes: dict[str, Any] | None) -> DiTConfig | None:
     return None if sizes is None else DiTConfig(**{**sizes, "patch_size": tuple(sizes["patch_size"])})
 
 
-def export_vae(checkpoint: Path, folder: Path, batches: Iterable[Tensor]) -> list[Path]:
+def export_vae(checkpoint: Path, folder: Path, batches: Iterable[Tensor], device: torch.device) -> list[Path]:
     """Write a trained VAE, averaged where there is an average, with the statistics of its latents over batches of
-    pixels [B, V, 3, H, W]. Returns and raises as `export` does."""
+    pixels [B, V, 3, H, W] on the device. Returns and raises as `export` does."""
     sizes: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in read_identity(checkpoint)["vae"].items()
     }
@@ -85,6 +85,7 @@ def export_vae(checkpoint: Path, folder: Path, batches: Iterable[Tensor]) -> lis
     state = {name.removeprefix("vae."): tensor for name, tensor in state.items()}
     vae = WanVAE(VAEConfig(**sizes))
     vae.load_state_dict(state)
+    vae.to(device)
     metadata = {"part": "vae", "config": json.dumps(asdict(with_latent_statistics(vae, batches)))}
     write_safetensors(folder / VAE, state, metadata)
     return [folder / VAE]

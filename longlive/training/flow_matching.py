@@ -17,14 +17,10 @@ from torch import Tensor
 from longlive.data.clips import LatentSource
 from longlive.data.order import Order
 from longlive.flow import FlowSchedule, add_noise, flow_to_x0
-from longlive.models.attention import AttentionFn
-from longlive.models.dit import WanDiT
-from longlive.models.kv_cache import CacheConfig
 from longlive.rollout import Sampler
 from longlive.training.clock import Clock
 from longlive.training.draw import Draw, derived_seed
 from longlive.training.stage import Loss, Stage
-from longlive.training.teacher_forcing import teacher_forced_flow
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ class FlowMatching(Stage):
 
     def __init__(
         self,
-        generator: WanDiT,
+        generator: Callable[..., Tensor],
         clips: LatentSource,
         order: Order,
         encode_prompts: Callable[[Sequence[str]], Tensor],
@@ -111,21 +107,18 @@ class CausalInit(FlowMatching):
 
     def __init__(
         self,
-        generator: WanDiT,
+        generator: Callable[..., Tensor],
         clips: LatentSource,
         order: Order,
         encode_prompts: Callable[[Sequence[str]], Tensor],
         negative_prompt: str,
         config: FlowMatchingConfig,
         clock: Clock,
-        cache: CacheConfig,
         sampler: Sampler,
-        attention: AttentionFn,
     ) -> None:
+        """generator: `TeacherForced`, or what stands for one."""
         super().__init__(generator, clips, order, encode_prompts, negative_prompt, config, clock)
-        self.cache = cache
         self.sampler = sampler
-        self.attention = attention
 
     def _loss(self, x0: Tensor, trajectory: Tensor | None, text: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
         block = self.sampler.config.frames_per_block
@@ -147,15 +140,5 @@ class CausalInit(FlowMatching):
 
     def _flow(self, noisy: Tensor, clean: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
         """Teacher forcing; timesteps [B, blocks]."""
-        sampler = self.sampler.config
-        return teacher_forced_flow(
-            self.generator,
-            noisy,
-            clean,
-            timesteps.repeat_interleave(sampler.frames_per_block, dim=1),
-            text,
-            self.cache,
-            sampler.frames_per_block,
-            sampler.context_timestep,
-            self.attention,
-        )
+        frames = timesteps.repeat_interleave(self.sampler.config.frames_per_block, dim=1)
+        return self.generator(noisy, clean, frames, text)

@@ -1,7 +1,8 @@
 """Processes and the weights they share out: process group, device mesh, FSDP2, loading, gathering.
 
-Every trained network is sharded with `fully_shard` on every number of processes, one included: one way through the
-code. Masters are float32; a forward pass gathers a block's weights in the compute type and lets go of them afterwards.
+Over several processes trained networks are sharded with `fully_shard`. Masters are float32; a forward pass gathers a
+block's weights in the compute type and lets go of them afterwards. A single process keeps them as they are: the
+gathering alone would cost a small network most of its time.
 With hybrid sharding each group of `shard_size` processes (a node) holds one copy, and copies are kept equal.
 """
 
@@ -96,10 +97,12 @@ def make_mesh(device: torch.device, shard_size: int) -> DeviceMesh:
 
 
 def shard(model: nn.Module, group: Group, compute_dtype: torch.dtype | None) -> None:
-    """Share out the parameters, block by block, in place. compute_dtype: of forward and backward, by default their own.
+    """Share out the parameters over several processes, block by block, in place.
 
-    Gradients are averaged over all processes in float32.
+    compute_dtype: of forward and backward, by default their own. Gradients are averaged over all processes in float32.
     """
+    if group.world_size == 1:
+        return
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     blocks = list(model.blocks) if isinstance(model, WanDiT) else []
     for module in [*blocks, model]:
@@ -139,6 +142,15 @@ def own_rows(value: Tensor, parameter: Tensor) -> Tensor:
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, part: Tensor) -> Tensor:
+    """What this process holds, as a part of a tensor shared out as `tensor` is."""
+    if not isinstance(tensor, DTensor):
+        return part
+    return DTensor.from_local(
+        part, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -53,7 +53,10 @@ class StreamingSequence:
         assert len(prompts) == (1 if switch_frame is None else 2)
         self.rollout = rollout
         self.prompts = prompts
-        self.trained = trained or rollout.model
+        if trained is None:
+            assert isinstance(rollout.model, WanDiT)
+            trained = rollout.model
+        self.trained = trained
         block = rollout.sampler.config.frames_per_block
         self.switch_frame = None if switch_frame is None else -(-switch_frame // block) * block
 

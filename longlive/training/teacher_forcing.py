@@ -9,38 +9,45 @@ Shapes: F frames of S tokens, clean then noisy: T = 2 F S tokens.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longlive.models.attention import AttentionFn
 from longlive.models.dit import WanDiT
 from longlive.models.kv_cache import CacheConfig
 
 
-def teacher_forced_flow(
-    model: WanDiT,
-    noisy: Tensor,
-    clean: Tensor,
-    timesteps: Tensor,
-    text: Tensor,
-    cache: CacheConfig,
-    frames_per_block: int,
-    context_timestep: float,
-    attention: AttentionFn,
-) -> Tensor:
-    """The flow of noisy frames [B, F, C, height, width] at timesteps [B, F], given the clean ones of the same shape.
+class TeacherForced(nn.Module):
+    """A model whose pass over clean and noisy frames is one `forward`. Positions are absolute."""
 
-    text [B, L, text_dim]; context_timestep: that of the clean pass; attention: the kernel. Positions are absolute.
-    """
-    num_frames = noisy.shape[1]
-    frames = torch.arange(num_frames, device=noisy.device)
-    flow: Tensor = model(
-        torch.cat([clean, noisy], dim=1),
-        torch.cat([torch.full_like(timesteps, context_timestep), timesteps], dim=1),
-        text,
-        frames=torch.cat([frames, frames]),
-        attention=teacher_forcing(num_frames, frames_per_block, cache, attention),
-    )
-    return flow[:, num_frames:]
+    def __init__(
+        self,
+        model: WanDiT,
+        cache: CacheConfig,
+        frames_per_block: int,
+        context_timestep: float,
+        attention: AttentionFn,
+    ) -> None:
+        """context_timestep: that of the clean pass; attention: the kernel."""
+        super().__init__()
+        self.model = model
+        self.cache = cache
+        self.frames_per_block = frames_per_block
+        self.context_timestep = context_timestep
+        self.attention = attention
+
+    def forward(self, noisy: Tensor, clean: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        """The flow of noisy frames [B, F, C, height, width] at timesteps [B, F], given the clean ones of that shape and
+        prompts [B, L, text_dim]."""
+        num_frames = noisy.shape[1]
+        frames = torch.arange(num_frames, device=noisy.device)
+        flow: Tensor = self.model(
+            torch.cat([clean, noisy], dim=1),
+            torch.cat([torch.full_like(timesteps, self.context_timestep), timesteps], dim=1),
+            text,
+            frames=torch.cat([frames, frames]),
+            attention=teacher_forcing(num_frames, self.frames_per_block, self.cache, self.attention),
+        )
+        return flow[:, num_frames:]
 
 
 def teacher_forcing(num_frames: int, frames_per_block: int, cache: CacheConfig, attention: AttentionFn) -> AttentionFn:

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -27,12 +27,10 @@ from longlive.training.clock import Clock
 from longlive.training.draw import Draw
 from longlive.training.ema import EMA
 from longlive.training.metrics import Metrics
-from longlive.training.parallel import Group, local, whole
+from longlive.training.parallel import Group, like, local, whole
 from longlive.training.stage import Stage
 
 log = logging.getLogger(__name__)
-
-_FROZEN_APART = StateDictOptions(ignore_frozen_params=True)
 
 
 class NonFiniteError(RuntimeError):
@@ -67,13 +65,29 @@ class EMAConfig:
 
 
 class Network:
-    """What is trained: a sharded module, the optimiser of its trainable parameters, and their average."""
+    """What is trained: a module, the optimiser of its trainable parameters, and their average.
 
-    def __init__(self, module: nn.Module, optimizer: OptimizerConfig, ema: EMAConfig = EMAConfig()) -> None:
+    parameters: by name, in float32. FSDP casts them for each pass; a module that is not sharded is given copies of them
+    in the compute type, whose gradients they take over.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: OptimizerConfig,
+        ema: EMAConfig = EMAConfig(),
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.module = module
         self.config = optimizer
         self.ema_config = ema
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._copies: dict[str, nn.Parameter] = {}
+        if compute_dtype != torch.float32 and not any(isinstance(p, DTensor) for p in self.parameters.values()):
+            self._copies = self.parameters
+            self.parameters = {name: nn.Parameter(p.detach()) for name, p in self._copies.items()}
+            for copy in self._copies.values():
+                copy.data = copy.detach().to(compute_dtype)
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
             lr=optimizer.lr,
@@ -81,7 +95,19 @@ class Network:
             weight_decay=optimizer.weight_decay,
             fused=True,
         )
-        self.ema = EMA(self.parameters.values(), ema.decay) if ema.decay else None
+        for parameter in self.parameters.values():  # there from the start, to be loaded into
+            zeros = {name: torch.zeros_like(parameter.detach()) for name in ("exp_avg", "exp_avg_sq")}
+            step = torch.zeros((), device=local(parameter.detach()).device)
+            self.optimizer.state[parameter] = {"step": step, **zeros}
+        self.ema = EMA(self._local_parameters(), ema.decay) if ema.decay else None
+
+    def take_gradients(self) -> None:
+        """Add the gradients of a backward pass to those of the parameters, in float32."""
+        for name, copy in self._copies.items():
+            if copy.grad is not None:
+                parameter = self.parameters[name]
+                parameter.grad = copy.grad.float() if parameter.grad is None else parameter.grad.add_(copy.grad)
+                copy.grad = None
 
     def update(self, step: int, num_steps: int) -> float:
         """Clip the gradients, change the weights, clear the gradients; returns the gradients' norm before clipping.
@@ -99,32 +125,49 @@ class Network:
             group |= {"lr": config.lr_at(step, num_steps), "betas": config.betas, "weight_decay": config.weight_decay}
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._write_copies()
         if self.ema is not None:
             if step + 1 >= self.ema_config.start_step:
-                self.ema.update(self.parameters.values())
+                self.ema.update(self._local_parameters())
             else:
-                self.ema.reset(self.parameters.values())
+                self.ema.reset(self._local_parameters())
         return norm
+
+    @torch.no_grad()
+    def _write_copies(self) -> None:
+        if self._copies:
+            torch._foreach_copy_(list(self._copies.values()), list(self.parameters.values()))
+
+    def _local_parameters(self) -> list[Tensor]:
+        return [local(parameter.detach()) for parameter in self.parameters.values()]
+
+    def _average(self) -> dict[str, Tensor]:
+        """The averaged parameters by name, sharded as they are."""
+        assert self.ema is not None
+        return {
+            name: like(parameter.detach(), shadow)
+            for (name, parameter), shadow in zip(self.parameters.items(), self.ema.shadow, strict=True)
+        }
 
     @property
     def averaged(self) -> dict[str, Tensor]:
         """All parameters by name, trainable ones averaged where there is an average."""
         values: dict[str, Tensor] = dict(self.module.named_parameters())
-        return values if self.ema is None else values | dict(zip(self.parameters, self.ema.shadow, strict=True))
+        return values if self.ema is None else values | self._average()
 
     def state(self) -> dict[str, Any]:
-        """Everything that training changes, sharded as it is."""
+        """Everything that training changes, sharded as it is and in place."""
         state: dict[str, Any] = {
             "weights": {name: parameter.detach() for name, parameter in self.parameters.items()},
-            "optimizer": get_optimizer_state_dict(self.module, self.optimizer, options=_FROZEN_APART),
+            "optimizer": {name: self.optimizer.state[parameter] for name, parameter in self.parameters.items()},
         }
         if self.ema is not None:
-            state["ema"] = dict(zip(self.parameters, self.ema.shadow, strict=True))
+            state["ema"] = self._average()
         return state
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what was loaded into `state()`."""
-        set_optimizer_state_dict(self.module, self.optimizer, state["optimizer"], options=_FROZEN_APART)
+    def restored(self) -> None:
+        """What `state()` refers to has been overwritten."""
+        self._write_copies()
 
     def _name_non_finite(self) -> str:
         bad = [
@@ -220,8 +263,8 @@ class Trainer:
         state = {"networks": {name: network.state() for name, network in self.networks.items()}}
         self.checkpoints.load(checkpoint, state)
         found = counts["progress"]
-        for name, network in self.networks.items():
-            network.restore(state["networks"][name])
+        for network in self.networks.values():
+            network.restored()
         self.progress.step, self.progress.num_seen = found["step"], found["num_seen"]
 
         def fill(samples: dict[str, Tensor]) -> None:
@@ -250,6 +293,7 @@ class Trainer:
                     loss = self.stage.loss(name, draw)
                     with self.clock.part(f"{name}_backward"):
                         (loss.value / self.config.num_rounds).backward()
+                        self.networks[name].take_gradients()
                     num_frames += loss.num_frames
                     for key, value in {"loss": loss.value.detach(), **loss.metrics}.items():
                         label = f"{name}/{key}"

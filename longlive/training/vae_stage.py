@@ -4,8 +4,9 @@ Plain functions; the posterior's noise is an argument. Pixels are [B, V, 3, H, W
 latents are [B, f, z_dim, h, w], f = 1 + k.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,45 @@ from torch import Tensor, nn
 from longlive.data.clips import PixelSource
 from longlive.data.order import Order
 from longlive.errors import InputError
-from longlive.models.vae import VAEConfig, WanVAE
+from longlive.models.vae import AttentionBlock, Downsample, ResidualBlock, Upsample, VAEConfig, WanVAE
 from longlive.training.clock import Clock
 from longlive.training.draw import Draw
 from longlive.training.stage import Loss, Stage
 
 # Outside this range a posterior is a point or noise alone; its exponential would leave float32.
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
+FIRST_LOG_VARIANCE = -6.0
+
+
+@torch.no_grad()
+def begin_as_images(vae: WanVAE) -> None:
+    """Draw the weights that training begins with: each frame by itself, straight through, almost without noise.
+
+    Convolutions keep the variance and see the newest frame alone, residual branches add nothing, and where frames are
+    joined or doubled they are just passed on, as a clip's first frame always is: what is learnt of one frame holds for
+    all. From weights drawn as usual a small VAE takes several times as long.
+    """
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            nn.init.zeros_(module.weight)
+            newest = module.weight[:, :, -1] if module.weight.ndim == 5 else module.weight
+            nn.init.normal_(newest, std=newest[0].numel() ** -0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in vae.modules():
+        if isinstance(module, ResidualBlock):
+            nn.init.zeros_(cast(nn.Conv3d, module.residual[-1]).weight)
+        elif isinstance(module, AttentionBlock):
+            nn.init.zeros_(module.proj.weight)
+        elif isinstance(module, Downsample | Upsample) and module.time_conv is not None:
+            dim = module.time_conv.in_channels
+            copies = torch.eye(dim).repeat(module.time_conv.out_channels // dim, 1)
+            nn.init.zeros_(module.time_conv.weight)
+            module.time_conv.weight[:, :, -1, 0, 0] = copies
+    z_dim = vae.config.z_dim
+    vae.conv1.weight[z_dim:] *= 0.1
+    assert vae.conv1.bias is not None
+    vae.conv1.bias[z_dim:] = FIRST_LOG_VARIANCE
 
 
 class Autoencoder(nn.Module):
@@ -118,11 +151,11 @@ def with_latent_statistics(vae: WanVAE, batches: Iterable[Tensor]) -> VAEConfig:
 
 
 class VAETraining(Stage):
-    """A stage that trains the network "vae", an `Autoencoder`, on clips of pixels."""
+    """A stage that trains the network "vae", an `Autoencoder` or what stands for one, on clips of pixels."""
 
     def __init__(
         self,
-        autoencoder: Autoencoder,
+        autoencoder: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
         config: VAEConfig,
         clips: PixelSource,
         order: Order,

@@ -60,6 +60,19 @@ _LONGEST_PHRASE = max(map(len, _PHRASES))
 _SLOTS = ("colour", "shape", "size", "motion")
 
 
+_VOCABULARY = {word: number for number, word in enumerate(sorted(_FILLERS.union(*_PHRASES)), 3)}
+_EOS, _UNKNOWN = 1, 2  # as UMT5 numbers them; 0 is padding
+
+
+def word_tokens(text: str) -> list[int]:
+    """Tokens of a text, one for each word, then EOS: what a text encoder of this world is given."""
+    return [_VOCABULARY.get(word, _UNKNOWN) for word in _words(text)] + [_EOS]
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text.lower())
+
+
 def prompt_of(scene: Scene) -> str:
     """The scene's caption in the wording of the scene."""
     return worded(scene.caption, scene.wording)
@@ -89,7 +102,7 @@ def parse(prompt: str) -> Caption | None:
 def understand(prompt: str) -> tuple[Caption | None, list[str]]:
     """What a prompt says, or None and what is unknown, missing or impossible about it."""
     reader = _Reader()
-    words = re.findall(r"[^\W_]+", prompt.lower())
+    words = _words(prompt)
     while words:
         for length in range(min(_LONGEST_PHRASE, len(words)), 0, -1):
             found = _PHRASES.get(tuple(words[:length]))

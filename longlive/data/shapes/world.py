@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HEIGHT, WIDTH, FPS = 64, 96, 16
+from longlive.data.shapes import HEIGHT, WIDTH
 
 Rgb = tuple[int, int, int]
 
