@@ -18,10 +18,14 @@ from longlive.builtin import (
     BUILTIN_HEIGHT_PX,
     BUILTIN_VAE,
     BUILTIN_WIDTH_PX,
+    IS_TRAINED,
     builtin_encoder,
+    builtin_generator,
+    builtin_vae,
 )
 from longlive.config import ROOT, InferenceConfig, to_dict
 from longlive.data.prompts import Script, make_script, read_scripts
+from longlive.data.shapes.captions import parse
 from longlive.distributed import is_main, local_rank, rank, shard, world_size
 from longlive.errors import InputError
 from longlive.inference.pipeline import OutputConfig, load_clip, make_videos, missing_jobs, plan_jobs
@@ -50,6 +54,14 @@ from longlive.weights.lora import attach_lora, check_rank, merge_lora, read_lora
 
 log = logging.getLogger(__name__)
 
+BUILTIN_EXAMPLES = {
+    str(ROOT / "example" / theirs): str(ROOT / "example" / ours)
+    for theirs, ours in (
+        ("long_example.txt", "shapes_prompts.txt"),
+        ("interactive_example.jsonl", "shapes_interactive.jsonl"),
+    )
+}
+"""The examples of the shipped configurations, and those in the world of the built-in model."""
 PUBLISHED_WEIGHTS = {
     "model_name": "Wan2.1-T2V-1.3B",
     "wan_folder": str(ROOT / "wan_models"),
@@ -64,6 +76,9 @@ def run_inference(config: InferenceConfig, explicit: frozenset[str]) -> None:
     config = choose_model(config, explicit)
     device = choose_device(config.device)
     scripts = load_scripts(config)
+    if config.model_name == BUILTIN:
+        for prompt in dict.fromkeys(prompt for script in scripts for prompt in script.prompts):
+            parse(prompt)  # warns of what the model does not know
     folder = Path(config.output_folder)
     check_writable(folder)
     weights = {str(path): fingerprint(path) for path in weight_files(config)}
@@ -101,26 +116,29 @@ def run_inference(config: InferenceConfig, explicit: frozenset[str]) -> None:
 def choose_model(config: InferenceConfig, explicit: frozenset[str]) -> InferenceConfig:
     """The configuration itself, or, where no weights are there and none were asked for, that of the built-in model.
 
-    The built-in model has a small picture and, where it stands in, makes the first video only, to show something within
-    a minute; settings that are not the shipped ones stay.
+    The built-in model has a small picture and a world of its own, so other examples; where it stands in, it makes the
+    first video only, to show something at once. Settings that are not the shipped ones stay.
     """
     wanted = [wan_path(config), *(Path(path) for path in (config.generator_ckpt, config.lora_ckpt) if path)]
-    small = {"height": BUILTIN_HEIGHT_PX, "width": BUILTIN_WIDTH_PX}
+    small: dict[str, Any] = {"height": BUILTIN_HEIGHT_PX, "width": BUILTIN_WIDTH_PX}
     if config.model_name != BUILTIN:
         is_own = any(getattr(config, key) not in (None, value) for key, value in PUBLISHED_WEIGHTS.items())
         is_typed = any(getattr(config, key) is not None for key in explicit.intersection(PUBLISHED_WEIGHTS))
         if is_own or is_typed or any(path.exists() for path in wanted):
             return config
         log.warning(
-            "No weights found at %s: using the tiny built-in model, which is not trained yet and shows coloured noise, "
-            "for the first video only (inference_iter=-1: for all). The real weights: bash scripts/download_weights.sh",
+            "No weights found at %s: using the tiny built-in model, which %s, for the first video only "
+            "(inference_iter=-1: for all). The real weights: bash scripts/download_weights.sh",
             wanted[0],
+            "knows moving shapes and no more" if IS_TRAINED else "is not trained yet and shows coloured noise",
         )
         small["inference_iter"] = 1
     shipped = InferenceConfig()
     changes: dict[str, Any] = {
         k: v for k, v in small.items() if k not in explicit and getattr(config, k) == getattr(shipped, k)
     }
+    if config.data_path in BUILTIN_EXAMPLES and "data_path" not in explicit:
+        changes["data_path"] = BUILTIN_EXAMPLES[config.data_path]
     changes |= {k: None for k in ("generator_ckpt", "lora_ckpt") if getattr(config, k) == PUBLISHED_WEIGHTS[k]}
     return replace(config, model_name=BUILTIN, **changes)
 
@@ -209,6 +227,10 @@ def weight_files(config: InferenceConfig) -> list[Path]:
         found += wan_files(files["wan"], (VAE, TEXT_ENCODER) if "generator_ckpt" in files else PARTS.values())
     if "generator_ckpt" in files:
         found.append(find_weights(DIT, files["generator_ckpt"]))
+    elif config.model_name == BUILTIN and IS_TRAINED:
+        found.append(BUILTIN_GENERATOR)
+    if config.model_name == BUILTIN and IS_TRAINED and "vae_ckpt" not in files:
+        found.append(BUILTIN_VAE)
     found += [files[name] for name in ("lora_ckpt", "vae_ckpt") if name in files]
     return found
 
@@ -230,9 +252,13 @@ def load_generator(config: InferenceConfig, device: torch.device, dtype: torch.d
     lora_path, lora = config.lora_ckpt or "", None if config.lora_ckpt is None else read_lora(config.lora_ckpt)
     if lora is not None:
         check_rank(lora, adapter.rank, lora_path)
-    source = config.generator_ckpt or (BUILTIN_GENERATOR if config.model_name == BUILTIN else wan_path(config))
-    network = "generator_ema" if config.use_ema and config.generator_ckpt else "generator"
-    dit_config, state = read_generator(source, wan_path(config), network)
+    if config.model_name == BUILTIN and config.generator_ckpt is None:
+        source: str | Path = BUILTIN_GENERATOR
+        dit_config, state = builtin_generator()
+    else:
+        source = config.generator_ckpt or wan_path(config)
+        network = "generator_ema" if config.use_ema and config.generator_ckpt else "generator"
+        dit_config, state = read_generator(source, wan_path(config), network)
     check_finite(state, source)
     if lora is not None and config.merge_lora:
         state = merge_lora(state, lora, adapter.alpha, lora_path, dtype)
@@ -250,7 +276,7 @@ def load_vae(folder: Path | None, dtype: torch.dtype, vae_ckpt: str | None = Non
     Raises InputError for files that do not fit.
     """
     source = vae_ckpt or folder or BUILTIN_VAE
-    config, state = read_vae(source)
+    config, state = builtin_vae() if source == BUILTIN_VAE else read_vae(source)
     with torch.device("meta"):
         vae = WanVAE(config)
     check_finite(state, source)

@@ -26,8 +26,16 @@ from longlive.data.shapes.render import render
 from longlive.distributed import is_main, local_world_size, world_size
 from longlive.errors import InputError
 from longlive.inference.video import check_writable
-from longlive.models.vae import RMSNorm, VAEConfig, WanVAE
-from longlive.train_build import WORLD_BATCH_SIZE, ema_config, graphed, make_trainer, optimizer_config, trainer_config
+from longlive.models.vae import VAEConfig, WanVAE
+from longlive.train_build import (
+    WORLD_BATCH_SIZE,
+    compile_norms,
+    ema_config,
+    graphed,
+    make_trainer,
+    optimizer_config,
+    trainer_config,
+)
 from longlive.train_config import CAUSAL, TrainConfig, load_train_config
 from longlive.train_inputs import Inputs, read_base, read_inputs
 from longlive.training.checkpoint import Checkpoints, check_identity, find_latest
@@ -245,14 +253,19 @@ def vae_job(config: TrainConfig) -> Job:
         autoencoder.to(group.device)
         dtype = choose_dtype("auto", group.device)
         shard(autoencoder, group, dtype)
-        if config.compile:  # the norms alone, whose kernels suit few channels badly: all would take a minute
-            for module in autoencoder.modules():
-                if isinstance(module, RMSNorm):
-                    module.compile(dynamic=True)
+        if config.compile:
+            compile_norms(autoencoder)
         loss = VAELossConfig(config.kl_weight, config.foreground_weight)
         clock = Clock(group.device)
         stage = VAETraining(
-            graphed(autoencoder, config, group), vae_config, clips, Order(len(clips), config.seed), loss, clock
+            graphed(autoencoder, config, group),
+            vae_config,
+            clips,
+            Order(len(clips), config.seed),
+            loss,
+            clock,
+            config.vae_picture_share,
+            config.num_training_frames,
         )
         networks = {"vae": Network(autoencoder, optimizer_config(config), ema_config(config), dtype)}
         return Trainer(stage, networks, trainer_config(config, group), group, checkpoints, None, clock)

@@ -22,6 +22,7 @@ from longlive.inference.session import Models, SessionConfig
 from longlive.models.attention import select_attention
 from longlive.models.dit import WanDiT
 from longlive.models.kv_cache import CacheConfig
+from longlive.models.vae import RMSNorm
 from longlive.rollout import Sampler, SamplerConfig, SwitchPolicy
 from longlive.train_config import CAUSAL, DISTRIBUTION_MATCHING, TrainConfig
 from longlive.train_inputs import Inputs, latent_shape
@@ -53,7 +54,7 @@ from longlive.training.teacher_forcing import TeacherForced
 from longlive.training.trainer import EMAConfig, Network, OptimizerConfig, Trainer, TrainerConfig
 from longlive.weights.lora import Lora
 
-WORLD_BATCH_SIZE = 64
+WORLD_BATCH_SIZE = 128
 
 
 def make_trainer(
@@ -69,6 +70,8 @@ def make_trainer(
         config.compile,
     )
     place_vae(inputs.vae, group.device, dtype)
+    if config.compile and config.world is not None:
+        compile_norms(inputs.vae)
     generator = make_trained(inputs.generator, lora_config(config, inputs.lora), group, compute)
     networks = {"generator": Network(generator, optimizer_config(config), ema_config(config), dtype)}
     lora_scale = config.adapter.alpha / config.adapter.rank
@@ -110,6 +113,13 @@ def make_trainer(
     return Trainer(
         stage, networks, trainer_config(config, group), group, checkpoints, metrics=None, clock=clock, sample=sample
     )
+
+
+def compile_norms(vae: nn.Module) -> None:
+    """Compile the norms of a VAE, whose kernels suit few channels badly. (All of it would take a minute.)"""
+    for module in vae.modules():
+        if isinstance(module, RMSNorm):
+            module.compile(dynamic=True)
 
 
 def has_graphs(config: TrainConfig, group: Group) -> bool:
@@ -202,15 +212,14 @@ def make_flow_matching(
 @torch.no_grad()
 def encode_world(config: TrainConfig, inputs: Inputs, device: torch.device) -> LatentPool:
     """The latents of all scenes of a world, drawn and encoded on the device, where they stay."""
-    factor, batch_size = inputs.vae.config.temporal_factor, WORLD_BATCH_SIZE
-    num_video_frames = 1 + factor * (config.clip_frames - 1)
+    vae, batch_size = inputs.vae, WORLD_BATCH_SIZE
+    num_video_frames = 1 + vae.config.temporal_factor * (config.clip_frames - 1)
     scenes = ShapesClips(config.num_scenes, config.seed, num_video_frames, device=device)
-    dtype = next(inputs.vae.parameters()).dtype
     latents = [
-        inputs.vae.encode(scenes.pixels(range(start, min(start + batch_size, len(scenes)))).to(dtype)).float()
+        vae.normalized(vae.encode_distribution(scenes.pixels(range(start, min(start + batch_size, len(scenes)))))[0])
         for start in tqdm(range(0, len(scenes), batch_size), desc="encoding scenes", disable=not is_main())
     ]
-    return LatentPool([prompt for (prompt,) in inputs.prompts], torch.cat(latents))
+    return LatentPool([prompt for (prompt,) in inputs.prompts], torch.cat(latents).float())
 
 
 def cache_config(config: TrainConfig) -> CacheConfig:

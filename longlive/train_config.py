@@ -196,6 +196,7 @@ class TrainConfig(Section):
     vae_base_dim: int = setting(8, "vae: width of the first level", at_least(1))
     vae_num_res_blocks: int = setting(2, "vae: residual blocks of a level", at_least(1))
     vae_z_dim: int = setting(16, "vae: latent channels", at_least(1))
+    vae_picture_share: float = setting(0.0, "vae: share of the steps that are on pictures of more clips", between(0, 1))
     kl_weight: float = setting(1e-4, "vae: weight of the KL term", at_least(0))
     foreground_weight: float = setting(1.0, "vae: weight of pixels unlike their frame's median colour", at_least(1))
 

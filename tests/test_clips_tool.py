@@ -12,7 +12,8 @@ from tiny import TINY_DIT, tiny_dit, tiny_models
 from torch import Tensor
 
 from longlive import cli
-from longlive.build import builtin_modules
+from longlive.build import load_vae
+from longlive.builtin import LATENT_CHANNELS, TEXT, builtin_encoder
 from longlive.data.clips import ClipWriter, LatentClips, PixelClips
 from longlive.data.order import Order
 from longlive.flow import flow_to_x0
@@ -26,6 +27,7 @@ from longlive.training.clock import Clock
 from longlive.training.draw import Draw
 from longlive.training.flow_matching import CausalInit, FlowMatchingConfig
 from longlive.training.ode import ode_sigmas, sample_ode
+from longlive.training.teacher_forcing import TeacherForced
 
 CPU = torch.device("cpu")
 STUDENT = Sampler(SamplerConfig(frames_per_block=1))
@@ -213,16 +215,16 @@ class Seen(WanDiT):
 def causal_init(generator: WanDiT, clips: LatentClips, encode_prompts: Callable[[Sequence[str]], Tensor]) -> CausalInit:
     generator.requires_grad_(True)
     return CausalInit(
-        generator,
+        TeacherForced(
+            generator, CacheConfig(window_frames=2, sink_frames=1), STUDENT.config.frames_per_block, 0.0, sdpa
+        ),
         clips,
         Order(len(clips), seed=0),
         encode_prompts,
         "",
         FlowMatchingConfig(prompt_dropout=0.0),
         Clock(CPU),
-        CacheConfig(window_frames=2, sink_frames=1),
         STUDENT,
-        sdpa,
     )
 
 
@@ -232,6 +234,7 @@ def draw(step: int = 0) -> Draw:
 
 def losses(stage: CausalInit, num_steps: int) -> list[float]:
     """Of training on one micro-batch again and again."""
+    assert isinstance(stage.generator, TeacherForced)
     optimizer = torch.optim.Adam(stage.generator.parameters(), lr=3e-3)
     values = []
     for _ in range(num_steps):
@@ -309,16 +312,18 @@ def clips(*settings: str | Path) -> int:
 def test_videos_become_latents_to_train_on(tmp_path: Path, videos: Path) -> None:
     assert clips(*SMALL, "source=videos", f"data_path={videos}", f"output_folder={tmp_path}/out") == 0
     made = LatentClips(tmp_path / "out" / "clips.jsonl")
-    assert (len(made), made.shape, made.num_steps) == (2, (3, 16, 2, 2), 0)
+    assert (len(made), made.shape, made.num_steps) == (2, (3, LATENT_CHANNELS, 2, 2), 0)
     batch = made.batch([1, 0])
     assert batch.prompts == ["grey b", "grey a"]
-    _, vae, encoder = builtin_modules()
+    vae, encoder = load_vae(None, torch.float32), builtin_encoder()
     with torch.no_grad():
         pixels = PixelClips(videos, 16, 16, 9, 16).pixels([1, 0])
         torch.testing.assert_close(batch.latents, vae.eval().encode(pixels), atol=1e-5, rtol=1e-5)
     together, _ = encoded_videos(vae, PixelClips(videos, 16, 16, 9, 16), CPU)([1, 0])
     torch.testing.assert_close(batch.latents, together, atol=1e-5, rtol=1e-5)
-    generator = tiny_dit(replace(TINY_DIT, in_channels=16, out_channels=16, text_dim=64))
+    generator = tiny_dit(
+        replace(TINY_DIT, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, text_dim=TEXT.dim)
+    )
     values = losses(causal_init(generator, made, encoder.eval()), 20)
     assert values[-1] < 0.9 * values[0]
 
@@ -328,7 +333,7 @@ def test_teacher_by_command(tmp_path: Path, prompts: Path) -> None:
     command = (*TEACHER, f"data_path={prompts}", f"output_folder={out}", "clip_dtype=float16")
     assert clips(*command) == 0
     made = LatentClips(out / "clips.jsonl")
-    assert (len(made), made.shape, made.num_steps) == (3, (3, 16, 2, 2), 4)
+    assert (len(made), made.shape, made.num_steps) == (3, (3, LATENT_CHANNELS, 2, 2), 4)
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
     assert clips(*command) == 0
     assert {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")} == before

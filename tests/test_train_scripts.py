@@ -14,8 +14,9 @@ import torch
 from test_scripts import stand_in
 
 from longlive import cli
+from longlive.builtin import DIT
 from longlive.errors import InputError
-from longlive.models.dit import PRESETS, DiTConfig, WanDiT
+from longlive.models.dit import DiTConfig, WanDiT
 from longlive.train import check_processes
 from longlive.train_config import TrainConfig
 from longlive.training.checkpoint import find_latest
@@ -118,11 +119,11 @@ def test_wrong_settings(settings: list[str], words: str, folder: Path, capsys: p
 def test_transformer_of_another_kind(
     key: str, size: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config: DiTConfig = replace(PRESETS["tiny"], num_layers=1, **{size: 8})
+    config: DiTConfig = replace(DIT, num_layers=1, **{size: 24})
     weights = tmp_path / "other.safetensors"
     write_safetensors(weights, WanDiT(config).state_dict(), {"part": "dit", "config": json.dumps(asdict(config))})
     line = failure(train(folder, f"{key}={weights}", f"logdir={tmp_path}"), capsys)
-    assert f"other.safetensors: does not fit VAE and text encoder: {size} is 8, not" in line
+    assert f"other.safetensors: does not fit VAE and text encoder: {size} is 24, not" in line
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def test_gradient_flows_to_every_parameter(config: VAEConfig) -> None:
 def test_learns_a_toy_clip() -> None:
     autoencoder = Autoencoder(WanVAE(TWO_LEVELS))
     optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=3e-3)
-    pixels, config = toy_clips(), VAELossConfig(foreground_weight=5.0)
+    pixels, config = toy_clips(), VAELossConfig(foreground_weight=5.0, foreground_margin_px=0)
     losses = []
     for _ in range(100):
         noise = torch.randn(latent_shape(pixels, TWO_LEVELS))
@@ -164,11 +164,15 @@ def test_foreground_counts_more() -> None:
     pixels = toy_clips()
     is_square = (pixels[:, :, :1] > 0).expand(-1, -1, 1, -1, -1)
     assert torch.equal(pixel_weights(pixels, VAELossConfig()), torch.ones(2, 5, 1, 16, 24))
-    weights = pixel_weights(pixels, VAELossConfig(foreground_weight=7))  # whole numbers too
+    weights = pixel_weights(pixels, VAELossConfig(foreground_weight=7, foreground_margin_px=0))  # whole numbers too
     torch.testing.assert_close(weights.mean(dim=(1, 2, 3, 4)), torch.ones(2))
     square, background = weights[is_square], weights[~is_square]
     torch.testing.assert_close(square, 7 * background[0].expand_as(square))
     torch.testing.assert_close(background, background[0].expand_as(background))
+    with_margin = pixel_weights(pixels, VAELossConfig(foreground_weight=7, foreground_margin_px=2))
+    counts_more = (with_margin > with_margin.mean()).squeeze(2)
+    near = torch.nn.functional.max_pool2d(is_square.squeeze(2).float(), 5, stride=1, padding=2) > 0
+    assert torch.equal(counts_more, near)
 
 
 @pytest.mark.parametrize(("name", "value"), [("kl_weight", -1e-6), ("kl_weight", math.nan), ("foreground_weight", 0.5)])

@@ -18,9 +18,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from longlive.build import choose_device, load_models, make_session_config, versions, weight_files
 from longlive.config import to_dict
+from longlive.data.shapes import FPS
 from longlive.data.shapes.captions import prompt_of
 from longlive.data.shapes.clips import HELD_OUT, ShapesClips, ShapesSwitches
-from longlive.data.shapes import FPS
 from longlive.data.shapes.world import Scene
 from longlive.errors import InputError
 from longlive.eval.evaluate_config import (

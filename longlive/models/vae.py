@@ -430,10 +430,14 @@ class WanVAE(nn.Module):
         pixels, _state = self.decoder(self.conv2(self._channels_first(z)), [])
         return pixels.transpose(1, 2)
 
+    def normalized(self, z: Tensor) -> Tensor:
+        """Latents of values [B, f, z_dim, h, w] such as the means of `encode_distribution`."""
+        return ((z.transpose(1, 2) - self.latents_mean) / self.latents_std).transpose(1, 2)
+
     def _encode_chunk(self, pixels: Tensor, cache: StreamCache) -> Tensor:
         features, cache.features = self.encoder(self._channels_first(pixels), cache.features)
         mu, _log_variance = self.conv1(features).chunk(2, dim=1)
-        return ((mu - self.latents_mean) / self.latents_std).transpose(1, 2)
+        return self.normalized(mu.transpose(1, 2))
 
     def _decode_chunk(self, latents: Tensor, cache: StreamCache) -> Tensor:
         z = self._channels_first(latents) * self.latents_std + self.latents_mean

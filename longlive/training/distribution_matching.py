@@ -34,8 +34,8 @@ EncodePrompts = Callable[[Sequence[str]], Tensor]
 
 @dataclass(frozen=True)
 class Players:
-    """The networks of distribution matching. rollout: the generator's plain copy; passes: its passes, or what stands for
-    them; lora_scale: alpha / rank of its LoRA; vae: only streaming needs one; encode_prompts: texts to embeddings
+    """The networks of distribution matching. rollout: the generator's plain copy; passes: its passes, or what stands
+    for them; lora_scale: alpha / rank of its LoRA; vae: only streaming needs one; encode_prompts: texts to embeddings
     [B, L, text_dim]."""
 
     generator: WanDiT

@@ -4,8 +4,8 @@ A number depends on the seed, on what it is for, and on the sample it belongs to
 start of training. A resumed run therefore draws what the uninterrupted one would have drawn, and two processes with one
 sample each draw what one process with two samples draws; up to rounding on every kind of device.
 
-Numbers are made by counting: the n-th bits of a stream are the hash of its key plus n steps (SplitMix64, Steele, Lea and
-Flood 2014), so that all samples are drawn in one go.
+Numbers are made by counting: the n-th bits of a stream are the hash of its key plus n steps (SplitMix64, Steele, Lea
+and Flood 2014), so that all samples are drawn in one go.
 """
 
 import hashlib

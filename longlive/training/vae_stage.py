@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longlive.data.clips import PixelSource
@@ -87,15 +88,18 @@ class VAELossConfig:
 
     |error| keeps edges sharp; error² sees the small objects that a median would drop. In worlds of small objects on
     a plain background `foreground_weight` makes pixels count more that differ by more than `foreground_threshold` (of
-    the range 2) from the median colour of their frame. Raises InputError for values out of range.
+    the range 2) from the median colour of their frame, or are within `foreground_margin_px` of such: an outline has two
+    sides. Raises InputError for values out of range.
     """
 
     kl_weight: float = 1e-4
     foreground_weight: float = 1.0
     foreground_threshold: float = 0.1
+    foreground_margin_px: int = 2
 
     def __post_init__(self) -> None:
-        for name, least in (("kl_weight", 0), ("foreground_weight", 1), ("foreground_threshold", 0)):
+        least_values = {"kl_weight": 0, "foreground_weight": 1, "foreground_threshold": 0, "foreground_margin_px": 0}
+        for name, least in least_values.items():
             if not getattr(self, name) >= least:
                 raise InputError(f"{name} is {getattr(self, name)}, accepted is a number of at least {least}")
 
@@ -124,8 +128,10 @@ def vae_loss(
 def pixel_weights(pixels: Tensor, config: VAELossConfig) -> Tensor:
     """[B, V, 1, H, W] with mean 1 over each clip: `foreground_weight` : 1 for foreground and background."""
     background = pixels.flatten(3).median(dim=3).values[..., None, None]
-    is_foreground = (pixels - background).abs().amax(dim=2, keepdim=True) > config.foreground_threshold
-    weights = 1 + (config.foreground_weight - 1) * is_foreground.to(pixels.dtype)
+    is_foreground = ((pixels - background).abs().amax(dim=2) > config.foreground_threshold).to(pixels.dtype)
+    margin = config.foreground_margin_px
+    is_foreground = F.max_pool2d(is_foreground, 2 * margin + 1, stride=1, padding=margin).unsqueeze(2)
+    weights = 1 + (config.foreground_weight - 1) * is_foreground
     return weights / weights.mean(dim=(1, 2, 3, 4), keepdim=True)
 
 
@@ -161,21 +167,35 @@ class VAETraining(Stage):
         order: Order,
         loss_config: VAELossConfig,
         clock: Clock,
+        picture_share: float = 0.0,
+        num_pictures: int = 1,
     ) -> None:
+        """picture_share: of the steps, those that are on the first pictures of other clips, `num_pictures` for every
+        clip of the batch: more of them fit in a step, and most of what a frame needs is learnt from them."""
         self.autoencoder = autoencoder
         self.config = config
         self.clips = clips
         self.order = order
         self.loss_config = loss_config
         self.clock = clock
+        self.picture_share = picture_share
+        self.num_pictures = num_pictures
 
     def due(self, step: int) -> tuple[str, ...]:
         return ("vae",)
 
+    def _pixels(self, draw: Draw) -> Tensor:
+        """Clips, or pictures."""
+        if draw.of("picture").shared.random() >= self.picture_share:
+            return self.clips.pixels([self.order[sample] for sample in draw.samples])
+        num = self.num_pictures
+        return self.clips.pixels([self.order[num * sample + i] for sample in draw.samples for i in range(num)])[:, :1]
+
     def loss(self, network: str, draw: Draw) -> Loss:
         with self.clock.part("data"):
-            pixels = self.clips.pixels([self.order[sample] for sample in draw.samples]).to(draw.device)
-        noise = draw.of("posterior").normal(*latent_shape(pixels, self.config)[1:])
+            pixels = self._pixels(draw).to(draw.device)
+        num_each = len(pixels) // draw.batch_size
+        noise = draw.of("posterior").normal(num_each, *latent_shape(pixels, self.config)[1:]).flatten(0, 1)
         with self.clock.part("forward"):
             reconstruction, mean, log_variance = self.autoencoder(pixels, noise)
             loss, metrics = vae_loss(pixels, reconstruction, mean, log_variance, self.loss_config)
