@@ -1,4 +1,4 @@
-"""The command line: `python -m longlive inference | interactive | train | clips | evaluate | export | plot | convert`.
+"""The command line: `python -m longlive COMMAND …`, see `COMMANDS` below.
 
 Mistakes of the user end in one line on stderr and exit code 2, a training run that broke in one line and 1, Ctrl-C in
 130; anything else is a bug and keeps its traceback. A training run that was asked to stop, by SIGTERM or by Ctrl-C, has
@@ -222,6 +222,29 @@ def _evaluate(argv: Sequence[str]) -> None:
     run_shapes(config, explicit, args.json)
 
 
+def _serve(argv: Sequence[str]) -> None:
+    """serve a page on which prompts are typed while the video plays"""
+    from longlive.web.serve_config import ServeConfig, check_used
+
+    parser = _Parser("serve", f"{_serve.__doc__}.", _describe_keys(ServeConfig))
+    config, explicit = load_config(ServeConfig, *_config_arguments(parser, argv, "longlive_inference.yaml"))
+    check_used(explicit)
+
+    from longlive.web.server import serve
+
+    serve(config, explicit)
+
+
+def _live(argv: Sequence[str]) -> None:
+    """the same in a terminal: every line typed is the next prompt, a video file grows"""
+    parser = _Parser("live", f"{_live.__doc__}.", _describe_keys(InferenceConfig))
+    config, explicit = load_config(InferenceConfig, *_config_arguments(parser, argv, "longlive_inference.yaml"))
+
+    from longlive.web.terminal import live
+
+    live(config, explicit, sys.stdin)
+
+
 def _export(argv: Sequence[str]) -> None:
     """write the weights of a training run's newest checkpoint for inference"""
     parser = _Parser("export", f"{_export.__doc__}.", "")
@@ -261,6 +284,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "clips": _clips,
     "evaluate": _evaluate,
+    "serve": _serve,
+    "live": _live,
     "export": _export,
     "plot": _plot,
     "convert": _convert,

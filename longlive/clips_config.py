@@ -20,6 +20,10 @@ class ClipsConfig(Section):
         'teacher: prompts, .txt or .jsonl; videos: .jsonl with {"prompt": "…", "video": "file"} in every line',
         path=True,
     )
+    world: str | None = setting(
+        None, "teacher: prompts of scenes of this procedural world instead of data_path", one_of("shapes")
+    )
+    num_scenes: int = setting(4096, "scenes of the world, each with its prompt", at_least(1))
     output_folder: str = setting("clips", "where the clips go; its clips.jsonl is training's clips_path", path=True)
     clip_dtype: str = setting("float32", "type of the latents in the files", one_of(*DTYPES))
     batch_size: int = setting(1, "clips made at the same time", at_least(1))
@@ -56,3 +60,5 @@ class ClipsConfig(Section):
         super().__post_init__()
         if self.trajectory and self.source != "teacher":
             raise InputError(f"trajectory=true: needs source=teacher, not {self.source}; videos have no noisy states")
+        if self.world is not None and self.source != "teacher":
+            raise InputError(f"world={self.world}: needs source=teacher, not {self.source}")

@@ -22,6 +22,7 @@ from longlive.clips_config import ClipsConfig
 from longlive.config import to_dict
 from longlive.data.clips import ClipWriter, PixelClips, PixelSource
 from longlive.data.prompts import read_index, read_prompts
+from longlive.data.shapes.clips import ShapesClips
 from longlive.distributed import is_main, rank, shard, world_size
 from longlive.errors import InputError
 from longlive.models.attention import select_attention
@@ -42,7 +43,10 @@ Make = Callable[[Sequence[int]], tuple[Tensor, Tensor | None]]
 """The clips of these numbers: latents [B, F, C, h, w] and, where wanted, states [B, S, F, C, h, w]."""
 
 INDEX = "clips.jsonl"
-FREE = {"output_folder", "data_path", "wan_folder", "num_samples", "batch_size", "device", "attention", "low_memory"}
+FREE = {
+    *("output_folder", "data_path", "world", "num_scenes", "wan_folder", "num_samples"),
+    *("batch_size", "device", "attention", "low_memory"),
+}
 """Keys that may change between the runs that fill a folder. The prompts are compared themselves."""
 
 
@@ -69,6 +73,9 @@ def clip_prompts(config: ClipsConfig) -> list[str]:
     """The prompt of every clip. Of a teacher's, all prompts come once before any comes again."""
     if config.source == "videos":
         return [line.prompt for line in read_index(config.data_path, "video")]
+    if config.world is not None:
+        scenes = ShapesClips(config.num_scenes, config.seed)
+        return scenes.prompts(range(config.num_scenes)) * config.num_samples
     return read_prompts(config.data_path) * config.num_samples
 
 

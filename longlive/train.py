@@ -233,7 +233,7 @@ def pixel_clips(config: TrainConfig, device: torch.device) -> PixelSource:
 def num_statistics_clips(config: TrainConfig) -> int:
     """How many clips the statistics of a VAE's latents are taken of: enough values, in minutes on a CPU."""
     pixels = VAEConfig().temporal_factor * config.num_training_frames * config.height * config.width
-    return max(4, min(256, STATISTICS_PIXELS // pixels))
+    return max(4, min(64, STATISTICS_PIXELS // pixels))
 
 
 def vae_job(config: TrainConfig) -> Job:

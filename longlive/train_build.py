@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from longlive.build import (
@@ -74,45 +74,53 @@ def make_trainer(
         compile_norms(inputs.vae)
     generator = make_trained(inputs.generator, lora_config(config, inputs.lora), group, compute)
     networks = {"generator": Network(generator, optimizer_config(config), ema_config(config), dtype)}
-    lora_scale = config.adapter.alpha / config.adapter.rank
     rollout = make_rollout_copy(inputs.generator.config, group, compute) if needs_copy(config) else None
     stage: Stage
     if config.stage in DISTRIBUTION_MATCHING:
-        assert inputs.critic is not None
-        assert inputs.teacher is not None
         assert rollout is not None
-        critic_lora = lora_config(config, inputs.critic_lora) if config.adapter.apply_to_critic else None
-        critic = make_trained(inputs.critic, critic_lora, group, compute)
-        teacher = make_teacher(config, inputs.teacher, group, compute)
+        players, critic = make_players(config, inputs, generator, rollout, encode_prompts, group, compute)
         networks["critic"] = Network(critic, critic_optimizer_config(config), compute_dtype=dtype)
-        players = Players(
-            generator=generator,
-            rollout=rollout,
-            passes=GraphedPasses(rollout) if has_graphs(config, group) else rollout,
-            critic=graphed(critic, config, group),
-            teacher=graphed(teacher, config, group) if isinstance(teacher, WanDiT) else teacher,
-            vae=inputs.vae,
-            encode_prompts=encode_prompts,
-            lora_scale=lora_scale,
-        )
         stage = make_matching(config, inputs, players, clock)
     else:
-        if config.stage == "pretrain":
-            model: nn.Module = generator
-        else:
-            sampling = config.num_frame_per_block, float(config.context_noise)
-            model = TeacherForced(generator, cache_config(config), *sampling, compute.attention)
-        stage = make_flow_matching(config, inputs, graphed(model, config, group), encode_prompts, clock)
+        stage = make_flow_matching(config, inputs, generator, encode_prompts, group, compute, clock)
     sample = None
     if rollout is not None and config.vis_interval:
         models = Models(rollout, inputs.vae, encode_prompts)
         session = SessionConfig(
             config.height, config.width, sampler_config(config), cache_config(config), switch_policy(config)
         )
-        sample = SampleVideos(config, session, models, networks["generator"], lora_scale, inputs.prompts, group)
+        sample = SampleVideos(config, session, models, networks["generator"], lora_scale(config), inputs.prompts, group)
     return Trainer(
         stage, networks, trainer_config(config, group), group, checkpoints, metrics=None, clock=clock, sample=sample
     )
+
+
+def make_players(
+    config: TrainConfig,
+    inputs: Inputs,
+    generator: WanDiT,
+    rollout: WanDiT,
+    encode_prompts: EncodePrompts,
+    group: Group,
+    compute: Compute,
+) -> tuple[Players, WanDiT]:
+    """The networks of distribution matching as the stage calls them, and the critic as it is trained."""
+    assert inputs.critic is not None
+    assert inputs.teacher is not None
+    critic_lora = lora_config(config, inputs.critic_lora) if config.adapter.apply_to_critic else None
+    critic = make_trained(inputs.critic, critic_lora, group, compute)
+    teacher = make_teacher(config, inputs.teacher, group, compute)
+    players = Players(
+        generator=generator,
+        rollout=rollout,
+        passes=GraphedPasses(rollout) if has_graphs(config, group) else rollout,
+        critic=graphed(critic, config, group),
+        teacher=graphed(teacher, config, group) if isinstance(teacher, WanDiT) else teacher,
+        vae=inputs.vae,
+        encode_prompts=encode_prompts,
+        lora_scale=lora_scale(config),
+    )
+    return players, critic
 
 
 def compile_norms(vae: nn.Module) -> None:
@@ -189,14 +197,20 @@ def make_matching(config: TrainConfig, inputs: Inputs, players: Players, clock: 
 def make_flow_matching(
     config: TrainConfig,
     inputs: Inputs,
-    generator: Callable[..., Tensor],
+    generator: WanDiT,
     encode_prompts: EncodePrompts,
+    group: Group,
+    compute: Compute,
     clock: Clock,
 ) -> Pretrain | CausalInit:
-    """The stage of those that train on clips. generator: the model as the stage calls it."""
+    """The stage of those that train on clips."""
+    model: nn.Module = generator
+    if config.stage == "causal_init":
+        sampling = config.num_frame_per_block, float(config.context_noise)
+        model = TeacherForced(generator, cache_config(config), *sampling, compute.attention)
     clips: LatentSource = inputs.clips or encode_world(config, inputs, clock.device)
     common: dict[str, Any] = {
-        "generator": generator,
+        "generator": graphed(model, config, group),
         "clips": clips,
         "order": Order(len(clips), config.seed),
         "encode_prompts": encode_prompts,
@@ -241,6 +255,10 @@ def sampler_config(config: TrainConfig) -> SamplerConfig:
         context_timestep=float(config.context_noise),
         frames_per_block=config.num_frame_per_block,
     )
+
+
+def lora_scale(config: TrainConfig) -> float:
+    return config.adapter.alpha / config.adapter.rank
 
 
 def lora_config(config: TrainConfig, start: Lora | None) -> LoraConfig | None:

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Everything of the Shapes world from nothing: VAE, teacher, causal model, Self-Forcing, streaming. About 20 minutes of
-# one large GPU, days of a CPU. Interrupted, the same command goes on where it stopped.
+# Everything of the Shapes world from nothing: VAE, teacher, causal model, Self-Forcing, streaming. Minutes on a large
+# GPU, days on a CPU. Interrupted, the same command goes on where it stopped.
 #
-#   bash scripts/train_shapes.sh [runs folder, default runs/shapes] [key=value for every stage ...]
+#   bash scripts/train_shapes.sh [FOLDER] [key=value ...]     FOLDER of the runs: default runs/shapes; settings: of every stage
+#   CAUSAL_INIT=ode bash scripts/train_shapes.sh ...          the causal model by ODE regression, not by teacher forcing
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 runs="runs/shapes"
@@ -12,20 +13,30 @@ if (($#)) && [[ $1 != *=* ]]; then
 fi
 runs="$(realpath -m "$runs")"
 python="$(bash scripts/setup.sh)"
+settings=("$@")
 
-train() { # stage, then settings
+train() { # stage, then what it begins with
     if [[ -e "$runs/$1/done" ]]; then
-        echo "train_shapes: $1 is there already" >&2
+        echo "train_shapes: $1 is done" >&2
         return
     fi
     echo "train_shapes: $1" >&2
-    "$python" -m longlive train --config_path "configs/shapes_$1.yaml" logdir="$runs/$1" "${@:2}"
+    "$python" -m longlive train --config_path "configs/shapes_$1.yaml" logdir="$runs/$1" "${@:2}" "${settings[@]}"
+    [[ -e "$runs/$1/$(weights_of "$1")" ]] || exit 1 # stopped by a signal
     touch "$runs/$1/done"
 }
+weights_of() { if [[ $1 == vae ]]; then echo vae.safetensors; else echo generator.safetensors; fi; }
+
 vae="vae_ckpt=$runs/vae/vae.safetensors"
-teacher="real_ckpt=$runs/teacher/generator.safetensors"
-train vae "$@"
-train teacher "$vae" "$@"
-train causal_init "$vae" init_logdir="$runs/teacher" "$@"
-train train_init "$vae" init_logdir="$runs/causal_init" "$teacher" critic_ckpt="$runs/teacher/generator.safetensors" "$@"
-train train_long "$vae" init_logdir="$runs/train_init" "$teacher" "$@"
+teacher="$runs/teacher/generator.safetensors"
+train vae
+train teacher "$vae"
+if [[ ${CAUSAL_INIT:-teacher_forcing} == ode ]]; then
+    "$python" -m longlive clips --config_path configs/shapes_clips.yaml "$vae" real_ckpt="$teacher" output_folder="$runs/clips"
+    train causal_init "$vae" init_logdir="$runs/teacher" world=null clips_path="$runs/clips/clips.jsonl"
+else
+    train causal_init "$vae" init_logdir="$runs/teacher"
+fi
+train train_init "$vae" init_logdir="$runs/causal_init" real_ckpt="$teacher" critic_ckpt="$teacher"
+train train_long "$vae" init_logdir="$runs/train_init" real_ckpt="$teacher"
+echo "train_shapes: bash inference.sh --config_path $runs/train_long/inference.yaml shows what was learnt" >&2

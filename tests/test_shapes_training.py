@@ -1,0 +1,91 @@
+"""All stages of the Shapes world through the training command, a few steps each."""
+
+from pathlib import Path
+
+import pytest
+
+from longlive import cli
+from longlive.config import ROOT
+from longlive.data.clips import LatentClips
+from longlive.training.metrics import read_metrics
+
+SMALL = (
+    *("num_scenes=4", "max_iters=2", "log_iters=0", "batch_size=1", "compile=false", "device=cpu"),
+    *("num_training_frames=3", "model_kwargs.local_attn_size=6", "dfake_gen_update_ratio=2"),
+    *("streaming_chunk_size=6", "streaming_min_new_frame=3", "streaming_max_length=12", "switch_choices=[3]"),
+)
+
+
+def train(stage: str, runs: Path, *settings: str) -> int:
+    config = f"--config_path={ROOT}/configs/shapes_{stage}.yaml"
+    return cli.main(["train", config, f"logdir={runs}/{stage}", *SMALL, *settings])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs of all stages, as scripts/train_shapes.sh chains them."""
+    runs = tmp_path_factory.mktemp("shapes")
+    vae, teacher = f"vae_ckpt={runs}/vae/vae.safetensors", f"{runs}/teacher/generator.safetensors"
+    assert train("vae", runs) == 0
+    assert train("teacher", runs, vae) == 0
+    assert train("causal_init", runs, vae, f"init_logdir={runs}/teacher") == 0
+    start = (f"init_logdir={runs}/causal_init", f"real_ckpt={teacher}", f"critic_ckpt={teacher}")
+    assert train("train_init", runs, vae, *start) == 0
+    assert train("train_long", runs, vae, f"init_logdir={runs}/train_init", f"real_ckpt={teacher}") == 0
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("stage", "losses"),
+    [
+        ("vae", {"vae"}),
+        ("teacher", {"generator"}),
+        ("causal_init", {"generator"}),
+        ("train_init", {"generator", "critic"}),
+        ("train_long", {"generator", "critic"}),
+    ],
+)
+def test_every_stage_trains(stage: str, losses: set[str], runs: Path) -> None:
+    rows = read_metrics(runs / stage)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert {name.removesuffix("/loss") for row in rows for name in row if name.endswith("/loss")} == losses
+
+
+def test_what_comes_out_makes_videos(runs: Path, tmp_path: Path) -> None:
+    config = f"--config_path={runs}/train_long/inference.yaml"
+    prompt = "prompt=A big red star spins on a white background."
+    assert cli.main(["inference", config, prompt, "num_output_frames=6", f"output_folder={tmp_path}"]) == 0
+    assert len(list(tmp_path.glob("*.mp4"))) == 1
+
+
+def test_a_finished_stage_is_not_trained_again(runs: Path) -> None:
+    vae = runs / "vae"
+    before = (vae / "metrics.jsonl").read_bytes()
+    assert train("vae", runs) == 0
+    assert (vae / "metrics.jsonl").read_bytes() == before
+
+
+def test_causal_init_by_regression(runs: Path, tmp_path: Path) -> None:
+    vae, teacher = f"vae_ckpt={runs}/vae/vae.safetensors", f"{runs}/teacher/generator.safetensors"
+    config = f"--config_path={ROOT}/configs/shapes_clips.yaml"
+    sizes = ("num_scenes=2", "num_training_frames=3", "num_steps=5", "batch_size=2", "device=cpu")
+    assert cli.main(["clips", config, vae, f"real_ckpt={teacher}", f"output_folder={tmp_path}/clips", *sizes]) == 0
+    index = tmp_path / "clips" / "clips.jsonl"
+    assert LatentClips(index).num_steps == 4
+    start = (vae, f"init_logdir={runs}/teacher", "world=null", f"clips_path={index}")
+    assert train("causal_init", tmp_path, *start) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("height=80",), "world=shapes: its pictures are of height=64, width=96, fps=16"),
+        (("clips_path=clips.jsonl",), "there can be only one of them"),
+        (("world=cubes",), "world=cubes: must be one of shapes"),
+    ],
+)
+def test_wrong_settings(
+    settings: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("vae", tmp_path, *settings) == 2
+    assert message in capsys.readouterr().err
