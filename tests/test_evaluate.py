@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ from tqdm import tqdm
 
 from longlive import cli
 from longlive.build import make_session_config
-from longlive.builtin import BUILTIN, BUILTIN_GENERATOR
+from longlive.builtin import BUILTIN, builtin_generator
 from longlive.data.shapes.clips import HELD_OUT, ShapesSwitches, scene_number
 from longlive.data.shapes.render import render
 from longlive.data.shapes.world import Caption, Look, Scene, scene_of
 from longlive.errors import InputError
 from longlive.eval.evaluate_config import EvaluateConfig
 from longlive.eval.figures import changed_attributes, jumps
-from longlive.eval.judge import CAPTIONED, Reading, judge_batch
+from longlive.eval.judge import CAPTIONED, UNNAMED, Reading, judge_batch
 from longlive.eval.report import markdown_table, plot
 from longlive.eval.shapes import (
     SWITCH_WINDOWS,
@@ -40,6 +40,7 @@ from longlive.eval.shapes import (
 )
 from longlive.eval.statistics import average, share, spread
 from longlive.eval.studio import Studio, batches, cut_windows
+from longlive.weights.files import write_safetensors
 from tests.tiny import tiny_models
 
 NUM_SCENES = 32
@@ -365,20 +366,27 @@ def test_the_command_from_end_to_end(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level(logging.INFO, logger="longlive")
-    out = tmp_path / "out.json"
+    out, teacher = tmp_path / "out.json", tmp_path / "teacher.safetensors"
+    sizes, state = builtin_generator()
+    write_safetensors(teacher, state, {"part": "dit", "config": json.dumps(asdict(sizes))})
     command = ["evaluate", "--suite", "shapes", "--seed", "3", "--json", str(out)]
-    command += ["--config_path", settings_file(tmp_path), "num_prompts=2", "parts=length, teacher", "lengths_s=5"]
-    command += [f"teacher_ckpt={BUILTIN_GENERATOR}", "teacher_steps=1", "teacher_guidance=0", "device=cpu"]
+    command += ["--config_path", settings_file(tmp_path), "num_prompts=2", "lengths_s=5", "device=cpu"]
+    command += ["parts=world, vae, length, teacher"]
+    command += [f"teacher_ckpt={teacher}", "teacher_steps=1", "teacher_guidance=0"]
     assert cli.main(command) == 0
     results = json.loads(out.read_text())
     assert set(results) == {
         *("suite", "seed", "wall_s", "versions", "weights", "config"),
-        *("teacher", "length", "drift"),
+        *("world", "vae", "teacher", "length", "drift"),
     }
     assert (results["suite"], results["seed"], results["config"]["num_prompts"]) == ("shapes", 3, 2)
-    assert str(BUILTIN_GENERATOR) in results["weights"]
+    assert str(teacher) in results["weights"]
     assert results["wall_s"] > 0
     assert set(results["teacher"]) == ACCURACY
+    for part in ("world", "vae"):
+        assert set(results[part]) == {*ACCURACY, *UNNAMED, "psnr_db"}
+    assert results["world"]["all"]["mean"] == results["world"]["marker"]["mean"] == 1
+    assert (results["world"]["psnr_db"]["mean"], results["vae"]["psnr_db"]["num"]) == (None, 2)
     assert results["drift"] == {}
     for figure in results["length"]["5"].values():
         assert set(figure) == FIGURE
@@ -392,8 +400,8 @@ def test_the_command_from_end_to_end(
         (["--json", "nowhere/out.json"], "the folder nowhere does not exist"),
         (["--json", "out.json", "--suite", "squares"], "invalid choice: 'squares'"),
         (["--json", "out.json", "--seed", "x"], "seed=x: must be of type int"),
-        (["--json", "out.json", "parts=teachers"], "must be some of teacher, length, switch"),
-        (["--json", "out.json", "parts=[]"], "must be some of teacher, length, switch"),
+        (["--json", "out.json", "parts=teachers"], "must be some of world, vae, teacher, length, switch"),
+        (["--json", "out.json", "parts=[]"], "must be some of world, vae, teacher, length, switch"),
         (["--json", "out.json", "switch_caches=drop"], "must be some of recache, keep, clear"),
         (["--json", "out.json", "lengths_s=4,10"], "must be increasing whole seconds from 5"),
         (["--json", "out.json", "lengths_s=10,5"], "must be increasing whole seconds from 5"),

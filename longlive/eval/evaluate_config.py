@@ -7,7 +7,7 @@ from longlive.config import InferenceConfig, Rule, at_least, setting
 from longlive.data.shapes import FPS, HEIGHT, WIDTH
 from longlive.errors import InputError
 
-PARTS = ("teacher", "length", "switch")
+PARTS = ("world", "vae", "teacher", "length", "switch")
 SWITCH_CACHES = ("recache", "keep", "clear")
 WINDOW_S = 5
 WINDOW_VIDEO_FRAMES = FPS * WINDOW_S + 1
@@ -40,7 +40,12 @@ class EvaluateConfig(InferenceConfig):
     width: int = setting(WIDTH, f"pixels; the suite's world has {WIDTH}", at_least(1))
     seed: int = setting(0, "seed of scenes and noise; another seed has other scenes", at_least(0))
 
-    parts: tuple[str, ...] = setting(("length", "switch"), "what is measured", _some_of(PARTS))
+    parts: tuple[str, ...] = setting(
+        ("length", "switch"),
+        "what is measured: world = the judge, on the scenes themselves; vae = the VAE, on scenes encoded and decoded; "
+        "teacher; length = long videos; switch = prompt switches",
+        _some_of(PARTS),
+    )
     num_prompts: int = setting(200, "held-out scenes of every part", at_least(2))
 
     lengths_s: tuple[int, ...] = setting(

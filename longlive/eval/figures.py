@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from longlive.data.shapes.world import Caption
-from longlive.eval.judge import CAPTIONED, Drift, Reading, drift, score
+from longlive.data.shapes.world import Caption, Scene
+from longlive.eval.judge import CAPTIONED, UNNAMED, Drift, Reading, drift, score, score_unnamed
 from longlive.eval.statistics import Figure, average, share, spread
 
 Figures = dict[str, Figure]
@@ -23,6 +23,14 @@ def accuracy(readings: Sequence[Reading], captions: Sequence[Caption]) -> Figure
         **{name: share([found[name] for found in scores]) for name in told},
         "clean": share([reading.is_clean for reading in readings]),
         "flicker": average([reading.flicker for reading in readings], 0),
+    }
+
+
+def scene_accuracy(readings: Sequence[Reading], scenes: Sequence[Scene]) -> Figures:
+    """`accuracy` of pictures of known scenes, and whether what no caption names is as it was drawn."""
+    unnamed = [score_unnamed(reading, scene) for reading, scene in zip(readings, scenes, strict=True)]
+    return accuracy(readings, [scene.caption for scene in scenes]) | {
+        name: share([found[name] for found in unnamed]) for name in UNNAMED
     }
 
 

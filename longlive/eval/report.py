@@ -52,7 +52,7 @@ def markdown_table(results: Results) -> str:
 def _accuracy_table(results: Results) -> str:
     rows = []
     for run, result in results.items():
-        clips = {"teacher": result["teacher"]} if "teacher" in result else {}
+        clips = {part: result[part] for part in ("world", "vae", "teacher") if part in result}
         clips |= {f"{time} s": figures for time, figures in result.get("length", {}).items()}
         rows += [
             [run, clip, str(figures["all"]["num"]), *(_percent(figures[name]) for name in _ATTRIBUTES)]

@@ -21,6 +21,7 @@ from longlive.config import to_dict
 from longlive.data.shapes import FPS
 from longlive.data.shapes.captions import prompt_of
 from longlive.data.shapes.clips import HELD_OUT, ShapesClips, ShapesSwitches
+from longlive.data.shapes.render import render
 from longlive.data.shapes.world import Scene
 from longlive.errors import InputError
 from longlive.eval.evaluate_config import (
@@ -36,13 +37,14 @@ from longlive.eval.figures import (
     attribute_rates,
     drifts,
     jumps,
+    scene_accuracy,
     switch_accuracy,
     switch_drifts,
 )
 from longlive.eval.judge import PLACE_FRAMES, Reading, judge_batch, jump_px, observe_batch, read
 from longlive.eval.measure import Measures
 from longlive.eval.report import markdown_table
-from longlive.eval.statistics import average
+from longlive.eval.statistics import Figure, average
 from longlive.eval.studio import Studio, batches, cut_windows
 from longlive.inference.session import Models, Session, to_uint8
 from longlive.inference.video import check_writable
@@ -90,6 +92,10 @@ def evaluate(config: EvaluateConfig, models: Models) -> dict[str, Any]:
         studio = Studio(models, make_session_config(config), bar)
         bar.reset(num_video_frames(config, studio))
         scenes = ShapesClips(config.num_prompts, config.seed, split=HELD_OUT).scenes(range(config.num_prompts))
+        for part in ("world", "vae"):
+            if part in config.parts:
+                readings, psnr_db = judge_scenes(config, studio, scenes, is_encoded=part == "vae")
+                figures[part] = scene_accuracy(readings, scenes) | {"psnr_db": psnr_db}
         taught = judge_teacher(config, studio, scenes) if "teacher" in config.parts else []
         if taught:
             figures["teacher"] = accuracy(taught, [scene.caption for scene in scenes])
@@ -103,11 +109,35 @@ def evaluate(config: EvaluateConfig, models: Models) -> dict[str, Any]:
 def num_video_frames(config: EvaluateConfig, studio: Studio) -> int:
     """How many frames all parts make, of all videos."""
     parts = {
+        "world": config.num_prompts * WINDOW_VIDEO_FRAMES,
+        "vae": config.num_prompts * WINDOW_VIDEO_FRAMES,
         "teacher": config.num_prompts * WINDOW_VIDEO_FRAMES,
         "length": sum(len(numbers) * judged_window(times[-1]).stop for numbers, times in length_groups(config)),
         "switch": len(config.switch_caches) * config.num_prompts * (switch_frame(config, studio) + _SETTLED.stop),
     }
     return sum(parts[part] for part in config.parts)
+
+
+# --- the world and the VAE --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def judge_scenes(
+    config: EvaluateConfig, studio: Studio, scenes: Sequence[Scene], is_encoded: bool
+) -> tuple[list[Reading], Figure]:
+    """Readings of the scenes themselves, or encoded and decoded, and the PSNR of each, in dB (infinite: None)."""
+    vae, readings, ratios = studio.models.vae, list[Reading](), list[float]()
+    for numbers in batches(range(len(scenes)), config.batch_size):
+        frames = render([scenes[number] for number in numbers], 0, WINDOW_VIDEO_FRAMES, studio.models.device)
+        made = frames
+        if is_encoded:
+            pixels = frames.permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+            made = to_uint8(vae.decode(vae.encode(pixels)))
+            errors = (made.float() - frames.float()).square().mean(dim=(1, 2, 3, 4))
+            ratios += (10 * torch.log10(255**2 / errors)).tolist()
+        readings += judge_batch(made)
+        studio.bar.update(made.shape[0] * made.shape[1])
+    return readings, average(ratios)
 
 
 # --- the teacher ------------------------------------------------------------------------------------------------------
