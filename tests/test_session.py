@@ -8,7 +8,15 @@ from tiny import tiny_models
 from torch import Tensor
 
 from longlive.errors import InputError
-from longlive.inference.session import Models, Session, SessionConfig, block_noise, to_uint8
+from longlive.inference.session import (
+    Models,
+    Past,
+    Session,
+    SessionConfig,
+    block_noise,
+    decoder_memory_frames,
+    to_uint8,
+)
 from longlive.models.kv_cache import CacheConfig
 from longlive.rollout import SamplerConfig
 
@@ -161,3 +169,61 @@ def test_sessions_share_models_without_touching_each_other(models: Models) -> No
         assert torch.equal(torch.cat(interleaved[i], dim=1), alone[i])
     for name, tensor in models.generator.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+# Of every chunk: its prompt, one letter each. The first window, 6 frames, is 3 chunks; 2 layers of 4 frames are 4.
+@pytest.mark.parametrize(
+    ("course", "policy", "relative", "with_clip"),
+    [
+        ("A", "keep", False, True),
+        ("AAB", "keep", False, False),
+        ("AAABBB", "keep", True, True),
+        ("AABBAAACCAA", "keep", False, False),
+        ("AABBAAACCAA", "rewrite", True, False),
+        ("AAAABAA", "keep", True, False),
+        ("AAAABAA", "rewrite", False, True),
+        ("A" * 10, "keep", False, False),
+        ("A" * 10, "rewrite", False, False),
+    ],
+)
+def test_resume_goes_on_identically(models: Models, course: str, policy: str, relative: bool, with_clip: bool) -> None:
+    settings = SessionConfig(32, 48, SAMPLER, CacheConfig(6, 2, relative), policy)
+    unbroken, resumed = (Session(models, settings, [3, 4]) for _ in range(2))
+    past = []
+    for number, prompt in enumerate(course):
+        unbroken.set_prompt(prompt)
+        if with_clip and number == 0:
+            clip = unbroken.start_from(torch.rand(1, 1, 3, 32, 48) * 2 - 1)
+            past.append(Past((prompt,) * 2, clip.latents))
+        past.append(Past((prompt,) * 2, unbroken.next_chunk().latents))
+    for _ in resumed.resume(past):
+        pass
+    assert resumed.num_frames == unbroken.num_frames
+    for prompt in (course[-1], "D", "D", "D"):
+        for session in (unbroken, resumed):
+            session.set_prompt(prompt)
+        expected, found = unbroken.next_chunk(), resumed.next_chunk()
+        assert torch.equal(found.latents, expected.latents)
+        assert torch.equal(found.pixels, expected.pixels)
+
+
+def test_decoder_forgets_what_is_beyond_its_memory(models: Models) -> None:
+    memory = decoder_memory_frames(models.vae)
+    latents = torch.randn(1, memory + 8, 4, 2, 2)
+    whole, newest = models.vae.new_cache(), models.vae.new_cache()
+    models.vae.decode(latents, whole)
+    models.vae.decode(latents[:, -memory:], newest)
+    following = torch.randn(1, 1, 4, 2, 2)
+    expected = models.vae.decode(following, whole)
+    assert torch.equal(models.vae.decode(following, newest), expected)
+    shorter = models.vae.new_cache()
+    models.vae.decode(latents[:, -memory // 3 :], shorter)
+    assert not torch.equal(models.vae.decode(following, shorter), expected)
+
+
+def test_resume_leaves_out_what_is_forgotten(models: Models) -> None:
+    decoded = decoder_memory_frames(models.vae)
+    calm = [Past(("A",), torch.randn(1, 2, 4, 4, 6)) for _ in range(60)]
+    switched = [*calm, Past(("B",), torch.randn(1, 2, 4, 4, 6))]
+    for past, replayed in ((calm, 4 + 4), (switched, 4 + 1)):  # the first window and the block at its end; the newest
+        assert sum(1 for _ in Session(models, config(), [0]).resume(past)) == replayed + decoded

@@ -5,17 +5,20 @@ rollout and the streaming decoder, and owns the noise. A chunk is what one block
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate
+from math import ceil
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longlive.errors import InputError
 from longlive.models.dit import WanDiT
 from longlive.models.kv_cache import CacheConfig
-from longlive.models.vae import StreamCache, WanVAE
+from longlive.models.vae import CausalConv3d, StreamCache, Upsample, WanVAE
 from longlive.rollout import Rollout, Sampler, SamplerConfig, SwitchPolicy
 
 EncodePrompts = Callable[[Sequence[str]], Tensor]
@@ -70,6 +73,14 @@ class Snapshot:
     stream: StreamCache
 
 
+@dataclass(frozen=True)
+class Past:
+    """Latents [B, F, C, h, w] of one chunk, on any device, and the prompts under which it was made."""
+
+    prompts: tuple[str, ...]
+    latents: Tensor
+
+
 def block_noise(seed: int, start_frame: int, step: int, shape: Sequence[int]) -> Tensor:
     """Gaussian noise that depends on seed, position and step alone, made on the CPU: the same on every device.
 
@@ -79,6 +90,22 @@ def block_noise(seed: int, start_frame: int, step: int, shape: Sequence[int]) ->
     digest = hashlib.blake2b(f"{seed}/{start_frame}/{step}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     return torch.randn(tuple(shape), generator=generator)
+
+
+def decoder_memory_frames(vae: WanVAE) -> int:
+    """How many latents before a latent its pixels depend on: a causal convolution sees two frames back at its level."""
+
+    def causal(module: nn.Module) -> int:
+        return sum(isinstance(part, CausalConv3d) for part in module.modules())
+
+    decoder = vae.decoder
+    memory, rate = Fraction(2 * (causal(decoder.conv1) + causal(decoder.middle))), 1
+    for block in decoder.upsamples:
+        memory += Fraction(2 * causal(block), rate)
+        if isinstance(block, Upsample) and block.time_conv is not None:
+            memory += Fraction(2, rate)
+            rate *= 2
+    return ceil(memory + Fraction(2 * causal(decoder.head), rate)) + 1  # and one that is decoded as a video's first
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
@@ -148,6 +175,55 @@ class Session:
         latents = self.models.vae.encode(batch.to(self.models.device)).float()
         self._rollout.prefill(latents)
         return self._decode(0, latents)
+
+    def resume(self, past: Sequence[Past]) -> Iterator[None]:
+        """Take a new session to where one of the same seeds stood, from what that has made; run it to the end.
+
+        It goes on with the same latents and pixels, bit for bit: the cache is filled by the passes that filled it at
+        first, but for those that cannot matter any more, and the decoder reads what it remembers. A generator, so that
+        others can have their turn between passes. Latents in the models' dtype are exact enough.
+        """
+        assert self.num_frames == 0, "resume comes first"
+        starts = list(accumulate((chunk.latents.shape[1] for chunk in past), initial=0))
+        latents = torch.cat([chunk.latents for chunk in past], dim=1)
+        first, window = self._replay_from(past, starts), self.config.cache.window_frames
+        for chunk, start in zip(past, starts, strict=False):
+            if window < start < first:
+                continue
+            self.set_prompt(chunk.prompts)
+            with torch.no_grad():
+                if start > self.num_frames:
+                    self._rollout.recent = self._on_device(latents[:, start - window : start])
+                    self._rollout.num_frames, self._prompts = start, None  # so that this prompt recaches
+                self._switch()
+                self._rollout.prefill(self._on_device(chunk.latents))
+            yield
+        for latent in latents[:, -decoder_memory_frames(self.models.vae) :].split(1, dim=1):
+            with torch.no_grad():
+                self.models.vae.decode(self._on_device(latent), self._stream)
+            yield
+
+    def _replay_from(self, past: Sequence[Past], starts: Sequence[int]) -> int:
+        """The first frame to replay, besides those of the first window, which fill the sink; 0 for all.
+
+        A switch reads again all that is kept, the sink excepted: what came before it is forgotten. And what a pass
+        leaves in layer l of the cache depends on no more than the l windows before it.
+        """
+        cache, policy = self.config.cache, self.config.switch_policy
+        if cache.window_frames == -1 or policy not in ("keep", "rewrite"):
+            return 0
+        first = 0
+        for before, after, start in zip(past, past[1:], starts[1:], strict=False):
+            if before.prompts != after.prompts and start > cache.window_frames:
+                first = start
+        if policy == "keep":
+            depth = len(self.models.generator.blocks) * (cache.window_frames - cache.sink_frames)
+            reachable = [start for start in starts if start <= starts[-1] - depth]
+            first = max([first, *reachable])
+        return first if first > cache.window_frames else 0
+
+    def _on_device(self, latents: Tensor) -> Tensor:
+        return latents.to(self.models.device, torch.float32)
 
     def snapshot(self) -> Snapshot:
         """The present state, independent of what comes after."""

@@ -1,0 +1,279 @@
+"""The parts of the live server that need no server: messages, streams, pictures, who may come in."""
+
+import asyncio
+import io
+import json
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from longlive.data.clips import read_clip
+from longlive.errors import InputError
+from longlive.web.course import Block, Branch, to_png
+from longlive.web.guard import Guard
+from longlive.web.messages import Latents, Picture
+from longlive.web.protocol import ProtocolError, Throttle, parse
+from longlive.web.serve_config import ServeConfig
+from longlive.web.stream import Mp4Stream, one_file
+from longlive.web.uploads import Uploads, decode
+from longlive.web.viewer import CLOSE_SLOW, Viewer
+
+
+def moving(num_video_frames: int) -> np.ndarray:
+    """A bar on a ramp that moves on by two pixels a frame, [V, 32, 48, 3]."""
+    ramp = np.broadcast_to(np.linspace(0, 200, 48, dtype=np.uint8)[None, :, None], (32, 48, 3)).copy()
+    ramp[:, 8:16, 0] = 255
+    return np.stack([np.roll(ramp, 2 * number, axis=1) for number in range(num_video_frames)])
+
+
+def decoded(mp4: bytes) -> tuple[np.ndarray, list[float]]:
+    with av.open(io.BytesIO(mp4)) as container:
+        frames = list(container.decode(video=0))
+    return np.stack([frame.to_ndarray(format="rgb24") for frame in frames]), [float(frame.time) for frame in frames]
+
+
+def test_fragments_of_two_streams_are_one_video() -> None:
+    frames = moving(33)
+    first, second = (Mp4Stream(16, 32, 48, 12) for _ in range(2))
+    assert first.init == second.init
+    fragments = [first.fragment(frames[:9], 0), first.fragment(frames[9:21], 9), second.fragment(frames[21:], 21)]
+    for file in (first.init + b"".join(fragments), one_file(first.init, fragments)):
+        found, times = decoded(file)
+        assert times == [number / 16 for number in range(33)]
+        assert np.abs(found.astype(int) - frames).mean() < 4
+    found, times = decoded(second.init + fragments[2])  # a viewer who comes in the middle
+    assert times[0] == 21 / 16
+    assert np.abs(found.astype(int) - frames[21:]).mean() < 4
+    assert first.mime.startswith('video/mp4; codecs="avc1.')
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("", "bad_json"),
+        ("{", "bad_json"),
+        ("[" * 100_000, "bad_json"),
+        ("1" * 10_000, "bad_json"),
+        ('{"type": "played", "epoch": NaN, "video_frame": 1}', "bad_json"),
+        ("[]", "bad_message"),
+        ("null", "bad_message"),
+        ("{}", "bad_message"),
+        ('{"type": ["open"]}', "bad_message"),
+        ('{"type": "close"}', "bad_message"),
+        ('{"type": "pause", "now": true}', "bad_message"),
+        ('{"type": "prompt"}', "bad_message"),
+        ('{"type": "prompt", "text": 3}', "bad_value"),
+        ('{"type": "prompt", "text": " \\n "}', "bad_value"),
+        ('{"type": "prompt", "text": "a\\u0000b"}', "bad_value"),
+        ('{"type": "prompt", "text": "\\ud800"}', "bad_value"),
+        ('{"type": "prompt", "text": "' + "x" * 21 + '"}', "too_long"),
+        ('{"type": "played", "epoch": true, "video_frame": 1}', "bad_value"),
+        ('{"type": "played", "epoch": 1, "video_frame": -1}', "bad_value"),
+        ('{"type": "played", "epoch": 1, "video_frame": 1.5}', "bad_value"),
+        ('{"type": "open", "seed": 9223372036854775808}', "bad_value"),
+        ('{"type": "open", "format": "gif"}', "bad_value"),
+        ('{"type": "open", "upload": "../../etc/passwd' + "x" * 99 + '"}', "bad_value"),
+        ('{"type": "ping", "id": "1"}', "bad_value"),
+        ('{"type": "ping", "id": -1}', "bad_value"),
+    ],
+)
+def test_malformed_messages_are_refused(text: str, code: str) -> None:
+    with pytest.raises(ProtocolError) as refused:
+        parse(text, max_prompt_chars=20)
+    assert refused.value.code == code
+    assert "\n" not in str(refused.value)
+
+
+def test_well_formed_messages() -> None:
+    message = parse('{"type": "prompt", "text": " a\\n  \\ud83d\\ude00 cat ", "id": 7}', max_prompt_chars=20)
+    assert (message.type, message.fields, message.id) == ("prompt", {"text": "a 😀 cat"}, 7)
+    assert parse('{"type": "restart", "upload": null}', 20).fields == {"upload": None}
+    with pytest.raises(ProtocolError) as refused:
+        parse('{"type": "select", "branch": "0", "id": 5}', 20)
+    assert refused.value.describe()["id"] == 5
+
+
+def test_throttle_lets_bursts_pass_and_slows_floods() -> None:
+    throttle = Throttle(per_s=10, now=0.0)
+    assert [throttle.wait_s(0.0) for _ in range(20)] == [0.0] * 20
+    assert throttle.wait_s(0.0) == pytest.approx(0.1)
+    assert throttle.wait_s(10.0) == 0.0
+
+
+def test_viewer_that_does_not_read_is_given_up() -> None:
+    async def scenario() -> None:
+        viewer = Viewer()
+        viewer.send_media(b"stale")
+        viewer.send({"n": 0})
+        viewer.drop_media()
+        assert await viewer.next() == {"n": 0}
+        for number in range(1000):
+            viewer.send({"n": number})
+        assert viewer.is_slow
+        assert await viewer.next() is None
+        assert viewer.close_code == CLOSE_SLOW
+
+    asyncio.run(scenario())
+
+
+def block(number: int, prompt: str) -> Block:
+    chunk = Latents(bytes(8), (1, 3, 1, 1, 1), "float32")
+    first = 12 * number - 3 if number else 0
+    return Block(3 * number, 3, first, 12 if number else 9, prompt, (chunk,), bytes(number), b"")
+
+
+def test_branches_share_their_past() -> None:
+    branch = Branch(0, None, 0, seed=5, prompt="C", picture=None, blocks=[block(i, p) for i, p in enumerate("AABBC")])
+    assert (branch.num_frames, branch.num_video_frames) == (15, 57)
+    assert json.loads(branch.script()) == {
+        "prompts": ["A", "B", "C"],
+        "switch_frame_indices": [6, 12],
+        "seed": 5,
+        "num_output_frames": 15,
+    }
+    fork = branch.fork(1, 10, None)  # inside the fourth block
+    assert (fork.fork_frame, fork.num_frames, fork.prompt) == (9, 9, "B")
+    assert fork.blocks[0] is branch.blocks[0]
+    assert branch.fork(2, 0, None).prompt == "A"
+    assert branch.fork(2, 15, "D").prompt == "D"
+    found = branch.block_at(4)
+    assert found is not None
+    assert found.frame == 3
+    assert branch.block_at(15) is None
+    fork.blocks.append(block(3, "D"))
+    assert branch.blocks[3].prompt == "B"
+
+
+def picture_file(format: str, size: tuple[int, int] = (90, 40), **options: Any) -> bytes:
+    ramp = np.linspace(0, 255, size[0] * size[1] * 3).astype(np.uint8).reshape(size[1], size[0], 3)
+    target = io.BytesIO()
+    Image.fromarray(ramp).save(target, format=format, **options)
+    return target.getvalue()
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_uploaded_picture_is_what_a_clip_of_it_would_be(format: str, tmp_path: Path) -> None:
+    data = picture_file(format)
+    picture, size = decode(data, 32, 48, 10_000)
+    assert size == (90, 40)
+    path = tmp_path / f"picture.{format.lower()}"
+    path.write_bytes(data)
+    assert picture.data == read_clip(path, 32, 48, 16).numpy().tobytes()
+    again = tmp_path / "start.png"
+    again.write_bytes(to_png(picture))
+    assert picture.data == read_clip(again, 32, 48, 16).numpy().tobytes()
+
+
+def bomb() -> bytes:
+    """A small PNG that says it is 50,000 x 50,000."""
+    data = bytearray(picture_file("PNG"))
+    data[16:24] = (50_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (b"", "bad_picture"),
+        (b"\x89PNG\r\n\x1a\n", "bad_picture"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "bad_picture"),
+        (picture_file("GIF"), "bad_picture"),
+        (picture_file("BMP"), "bad_picture"),
+        (picture_file("PNG")[:-200], "bad_picture"),
+        (picture_file("JPEG")[:300], "bad_picture"),
+        (picture_file("WEBP")[:60], "bad_picture"),
+        (picture_file("PNG", size=(400, 400)), "too_large"),
+        (bomb(), "too_large"),
+    ],
+)
+def test_bad_uploads_are_refused(data: bytes, code: str) -> None:
+    with pytest.raises(ProtocolError) as refused:
+        decode(data, 32, 48, max_px=100_000)
+    assert refused.value.code == code
+
+
+def test_only_the_newest_uploads_are_kept() -> None:
+    uploads = Uploads(max_kept=2, keep_s=1000)
+    pictures = [Picture(bytes(3), 1, 1) for _ in range(3)]
+    keys = [uploads.add(picture) for picture in pictures]
+    assert uploads.get(keys[2]) is pictures[2]
+    with pytest.raises(ProtocolError, match="not there"):
+        uploads.get(keys[0])
+    brief = Uploads(max_kept=2, keep_s=-1)
+    with pytest.raises(ProtocolError):
+        brief.get(brief.add(pictures[0]))
+
+
+def answer(config: ServeConfig, path: str, kind: str = "http", query: str = "", **headers: str) -> Any:
+    """What the guard answers to a request, or "passed"."""
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        sent.append("passed")
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    scope = {"type": kind, "method": "GET", "path": path, "query_string": query.encode()}
+    scope["headers"] = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    asyncio.run(Guard(app, config)(scope, receive, send))
+    first = sent[0]
+    return first if first == "passed" else first.get("status", first["type"])
+
+
+LOCAL = ServeConfig()
+REMOTE = replace(LOCAL, host="0.0.0.0", token="s3cret ü")
+
+
+@pytest.mark.parametrize(
+    ("config", "path", "headers", "expected"),
+    [
+        (LOCAL, "/", {"Host": "localhost:9000"}, "passed"),
+        (LOCAL, "/api/info", {"Host": "127.0.0.1:8000", "Origin": "http://127.0.0.1:8000"}, "passed"),
+        (LOCAL, "/api/info", {"Host": "[::1]:8000"}, "passed"),
+        (LOCAL, "/api/info", {"Host": "evil.example"}, 403),
+        (LOCAL, "/", {"Host": "127.0.0.1.evil.example"}, 403),
+        (LOCAL, "/", {"Host": "[::1"}, 403),
+        (LOCAL, "/", {}, 403),
+        (LOCAL, "/api/info", {"Host": "localhost", "Origin": "http://evil.example"}, 403),
+        (LOCAL, "/api/info", {"Host": "localhost:8000", "Origin": "http://localhost:9000"}, 403),
+        (LOCAL, "/api/info", {"Host": "localhost:8000", "Origin": "null"}, 403),
+        (replace(REMOTE, allowed_hosts=("live.example",)), "/", {"Host": "live.example:443"}, "passed"),
+        (replace(REMOTE, allowed_hosts=("live.example",)), "/", {"Host": "other.example"}, 403),
+        (REMOTE, "/", {"Host": "anything"}, "passed"),
+        (REMOTE, "/api/health", {"Host": "anything"}, "passed"),
+        (REMOTE, "/api/info", {"Host": "anything"}, 401),
+        (REMOTE, "/api/session/x/download", {"Host": "anything", "Authorization": "Bearer wrong"}, 401),
+    ],
+)
+def test_guard(config: ServeConfig, path: str, headers: dict[str, str], expected: Any) -> None:
+    assert answer(config, path, **headers) == expected
+    over_websocket = answer(config, path, kind="websocket", **headers)
+    assert over_websocket == ("passed" if expected == "passed" else "websocket.close")
+
+
+def test_guard_takes_the_token_from_header_or_query() -> None:
+    config = replace(REMOTE, token="s3cret")
+    assert answer(config, "/api/info", Host="x", Authorization="Bearer s3cret") == "passed"
+    assert answer(config, "/api/info", query="token=s3cret", Host="x") == "passed"
+    assert answer(config, "/api/info", query="token=s3cre", Host="x") == 401
+    assert answer(config, "/api/session", kind="websocket", query="token=s3cret", Host="x") == "passed"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.org"])
+def test_others_need_a_token(host: str) -> None:
+    with pytest.raises(InputError, match="token=SECRET"):
+        replace(LOCAL, host=host)
+    assert replace(LOCAL, host=host, token="x").token == "x"
+    for loopback in ("127.0.0.1", "127.1.2.3", "::1", "[::1]", "localhost"):
+        assert replace(LOCAL, host=loopback).token is None
