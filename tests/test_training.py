@@ -447,7 +447,7 @@ def trainer_values(trainer: Trainer) -> dict[str, Tensor]:
         for part in ("weights", "ema"):
             found |= {f"{name}.{part}.{key}": tensor for key, tensor in state.get(part, {}).items()}
         for key, moments in state["optimizer"].items():
-            found |= {f"{name}.optimizer.state.{key}.{moment}": tensor for moment, tensor in moments.items()}
+            found |= {f"{name}.optimizer.{key}.{moment}": tensor for moment, tensor in moments.items()}
     return values(found)
 
 
