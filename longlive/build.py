@@ -73,7 +73,7 @@ PUBLISHED_WEIGHTS = {
 
 def run_inference(config: InferenceConfig, explicit: frozenset[str]) -> None:
     """Make the videos that a configuration asks for. explicit: keys typed on the command line."""
-    config = choose_model(config, explicit)
+    config = shorten(choose_model(config, explicit), config, explicit)
     device = choose_device(config.device)
     scripts = load_scripts(config)
     if config.model_name == BUILTIN:
@@ -116,8 +116,8 @@ def run_inference(config: InferenceConfig, explicit: frozenset[str]) -> None:
 def choose_model(config: InferenceConfig, explicit: frozenset[str]) -> InferenceConfig:
     """The configuration itself, or, where no weights are there and none were asked for, that of the built-in model.
 
-    The built-in model has a small picture and a world of its own, so other examples; where it stands in, it makes the
-    first video only, to show something at once. Settings that are not the shipped ones stay.
+    The built-in model has a small picture and a world of its own, so other examples. Settings that are not the shipped
+    ones stay.
     """
     wanted = [wan_path(config), *(Path(path) for path in (config.generator_ckpt, config.lora_ckpt) if path)]
     small: dict[str, Any] = {"height": BUILTIN_HEIGHT_PX, "width": BUILTIN_WIDTH_PX}
@@ -127,12 +127,11 @@ def choose_model(config: InferenceConfig, explicit: frozenset[str]) -> Inference
         if is_own or is_typed or any(path.exists() for path in wanted):
             return config
         log.warning(
-            "No weights found at %s: using the tiny built-in model, which %s, for the first video only "
-            "(inference_iter=-1: for all). The real weights: bash scripts/download_weights.sh",
+            "No weights found at %s: using the tiny built-in model, which %s. "
+            "The real weights: bash scripts/download_weights.sh",
             wanted[0],
             "knows moving shapes and no more" if IS_TRAINED else "is not trained yet and shows coloured noise",
         )
-        small["inference_iter"] = 1
     shipped = InferenceConfig()
     changes: dict[str, Any] = {
         k: v for k, v in small.items() if k not in explicit and getattr(config, k) == getattr(shipped, k)
@@ -141,6 +140,16 @@ def choose_model(config: InferenceConfig, explicit: frozenset[str]) -> Inference
         changes["data_path"] = BUILTIN_EXAMPLES[config.data_path]
     changes |= {k: None for k in ("generator_ckpt", "lora_ckpt") if getattr(config, k) == PUBLISHED_WEIGHTS[k]}
     return replace(config, model_name=BUILTIN, **changes)
+
+
+def shorten(chosen: InferenceConfig, asked: InferenceConfig, explicit: frozenset[str]) -> InferenceConfig:
+    """What `choose_model` has chosen, with the first video only where the built-in model stands in for the one asked
+    for, so that something is shown at once; inference_iter, where it was set, stays."""
+    is_set = "inference_iter" in explicit or asked.inference_iter != InferenceConfig().inference_iter
+    if chosen.model_name == asked.model_name or asked.prompts or is_set:
+        return chosen
+    log.warning("Only the first video is made (inference_iter=-1: all).")
+    return replace(chosen, inference_iter=1)
 
 
 def choose_device(name: str) -> torch.device:

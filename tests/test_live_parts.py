@@ -17,8 +17,9 @@ from longlive.data.clips import read_clip
 from longlive.errors import InputError
 from longlive.web.course import Block, Branch, to_png
 from longlive.web.guard import Guard
-from longlive.web.messages import Latents, Picture
-from longlive.web.protocol import ProtocolError, Throttle, parse
+from longlive.web.live_session import LiveSession
+from longlive.web.messages import Grant, Latents, Made, Picture, Ready, Rebuilt, ToEngine
+from longlive.web.protocol import Message, ProtocolError, Throttle, parse
 from longlive.web.serve_config import ServeConfig
 from longlive.web.stream import Mp4Stream, one_file
 from longlive.web.uploads import Uploads, decode
@@ -148,6 +149,60 @@ def test_branches_share_their_past() -> None:
     assert branch.block_at(15) is None
     fork.blocks.append(block(3, "D"))
     assert branch.blocks[3].prompt == "B"
+
+
+class Desk:
+    """All that a session has around it: an engine of which nothing is seen but what it is sent."""
+
+    config = ServeConfig()
+    engine_state = "ready"
+
+    def __init__(self, fps: int) -> None:
+        self.info = Ready("tiny", 32, 32, fps, 3, 4, "video/mp4", {})
+        self.granted: list[int] = []
+
+    def send(self, message: ToEngine) -> None:
+        if isinstance(message, Grant):
+            self.granted.append(message.num_frames)
+            assert len(self.granted) < 100, "it grants without end"
+
+    def request_place(self, session: LiveSession) -> None:
+        session.place = "active"
+        session.begin()
+
+    def queue_position(self, session: LiveSession) -> int:
+        raise NotImplementedError
+
+    def picture(self, key: str) -> Picture:
+        raise NotImplementedError
+
+    def end(self, session: LiveSession, close_code: int) -> None:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("played", [0, 1, 10, 2**31 - 1])
+@pytest.mark.parametrize("fps", [1, 16, 10**6])  # so a block lasts 12 s, 0.75 s, or less than it takes to make it
+@pytest.mark.parametrize("picture", [None, Picture(b"", 32, 32)])
+def test_no_more_than_two_blocks_are_under_way(picture: Picture | None, fps: int, played: int) -> None:
+    desk = Desk(fps)
+    session = LiveSession(desk, "mp4", 0, "A", picture)
+    session.attach(Viewer())
+    num_first = 0 if picture is None else 1
+    session.take(Rebuilt(session.key, 1, b""))
+    assert desk.granted[:1] == [num_first + 3]  # the viewer has nothing
+    for number in range(5):
+        if desk.granted[-1] == session.branch.num_frames:
+            break  # it waits for the viewer
+        shapes = [1, 3] if picture is not None and number == 0 else [3]
+        chunks = tuple(Latents(b"", (1, num_frames, 1, 1, 1), "float32") for num_frames in shapes)
+        session.take(Made(session.key, 1, "A", chunks, b"", b"", ()))
+        session.obey(Message("played", {"epoch": 1, "video_frame": played}, None))
+        assert desk.granted[-1] - session.branch.num_frames in (0, 3, 6)
+    assert desk.granted == sorted(set(desk.granted))
+    if fps == 10**6 or played > 10**6:
+        assert session.branch.num_frames == num_first + 15  # it has never waited
+    elif fps == 1:
+        assert session.branch.num_frames < num_first + 15
 
 
 def picture_file(format: str, size: tuple[int, int] = (90, 40), **options: Any) -> bytes:

@@ -455,10 +455,10 @@ def test_fuzzer(server: Server, number: int) -> None:
         client.request("end")
 
 
-def run_command(*arguments: str) -> "subprocess.Popen[str]":
+def run_command(*arguments: str, stdin: int = subprocess.PIPE) -> "subprocess.Popen[str]":
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "longlive", *arguments]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdin=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdin=stdin, text=True)
 
 
 def test_command_serves_until_it_is_interrupted() -> None:
@@ -510,3 +510,40 @@ def test_live_in_a_terminal_of_its_own(tmp_path: Path) -> None:
         "seed": 4,
         "num_output_frames": 9,
     }
+
+
+def test_command_ends_though_nobody_is_left_to_tell() -> None:
+    """The terminal is gone, the engine has died, a viewer is still there: SIGTERM ends it all the same."""
+    process = run_command("serve", "port=0", "model_name=tiny", "height=32", "width=32")
+    assert process.stderr is not None
+    while "listening on " not in (line := process.stderr.readline()):
+        assert line, "the server has ended"
+    process.stderr.close()
+    with LiveClient(line.split()[-1]) as client:
+        client.open(prompt=RED)
+        list(client.blocks(1))
+        for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            os.kill(int(child), signal.SIGKILL)
+        client.wait("state", state="restarting")
+        list(client.blocks(1))
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(ConnectionClosed):
+            client.wait("never")
+        assert process.wait(20) == -signal.SIGTERM
+
+
+def test_live_ends_with_its_terminal(tmp_path: Path) -> None:
+    ours, theirs = os.openpty()
+    settings = ["model_name=tiny", "height=32", "width=32", "denoising_step_list=1000, 500"]
+    process = run_command("live", f"output_folder={tmp_path}", *settings, stdin=theirs)
+    os.close(theirs)
+    os.write(ours, f"{RED}\n".encode())
+    assert process.stderr is not None
+    while "the video grows" not in (line := process.stderr.readline()):
+        assert line, "it has ended"
+    os.close(ours)
+    try:
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+    assert len(list(tmp_path.glob("live-*.mp4"))) == 1

@@ -14,6 +14,8 @@ from tiny import TINY_VAE, tiny_models
 from torch import Tensor
 
 from longlive import cli
+from longlive.build import choose_model, shorten
+from longlive.config import ROOT, InferenceConfig, load_config
 from longlive.data.prompts import Script
 from longlive.inference.pipeline import (
     OutputConfig,
@@ -209,6 +211,22 @@ def test_interactive_on_the_built_in_model(tmp_path: Path, capfd: pytest.Capture
     told = json.loads(sidecar.read_text())
     assert (told["prompts"], told["switch_frame_indices"]) == (["a cat", "a dog"], [3])
     assert "tiny built-in model" in capfd.readouterr().err
+
+
+def test_built_in_model_stands_in_for_weights_that_are_not_there(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Only where prompts are read from a file does it mean the first video alone."""
+    for settings, is_short in (([], True), (["inference_iter=-1"], False), (["prompt=a cat"], False)):
+        asked, explicit = load_config(InferenceConfig, ROOT / "configs/longlive_inference.yaml", settings)
+        caplog.clear()
+        chosen = choose_model(asked, explicit)
+        assert chosen.model_name == "tiny"
+        assert "No weights found" in caplog.text
+        assert "first video" not in caplog.text
+        chosen = shorten(chosen, asked, explicit)
+        assert (chosen.inference_iter == 1) == ("first video" in caplog.text) == is_short
+    assert shorten(asked, asked, frozenset()) is asked
 
 
 @pytest.mark.parametrize(

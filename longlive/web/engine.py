@@ -209,7 +209,9 @@ class Engine:
                 self._inbox.put(connection.recv())
         except (EOFError, OSError):  # the server is gone
             self._inbox.put(None)
-            threading.Timer(5, os._exit, (1,)).start()  # in case the other threads hang
+            last_resort = threading.Timer(5, os._exit, (1,))  # in case the other threads hang
+            last_resort.daemon = True
+            last_resort.start()
 
 
 def on_host(tensor: Tensor) -> Callable[[], Tensor]:

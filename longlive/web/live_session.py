@@ -15,6 +15,7 @@ from longlive.web.viewer import CLOSE_ENDED, Viewer
 
 Place = Literal["none", "queued", "active"]
 _MAX_CRASHES = 3  # of the engine, one after the other without a block of this session
+_MAX_UNDER_WAY = 2  # blocks granted and not made: one that is computed, one that is encoded or waits
 _WAKING = ("prompt", "resume", "rewind", "restart", "select")
 
 
@@ -243,21 +244,23 @@ class LiveSession:
             self.viewer.send_media(media(PICTURE, self._epoch, number, 1, picture))
 
     def _grant(self) -> None:
-        """Let the engine make another block, if it would not be too far ahead of the viewer once it is there.
+        """Let the engine make further blocks, up to `_MAX_UNDER_WAY`, if they would not be too far ahead of the viewer.
 
-        A block takes `_block_s`, those that are being made already come first, and meanwhile the viewer goes on.
+        A block takes `_block_s`, those under way come first, and meanwhile the viewer goes on: where blocks take longer
+        than they last, the viewer gains on them, and only the number of those under way is a bound.
         """
         if not self._is_started or self._is_rebuilding or self.viewer is None or self.state != "playing":
             return
         info, block = self._hall.info, self._hall.info.frames_per_block
-        while True:
-            wanted = max(self._granted_frames, self._first_frames()) + block
-            num_waiting = (wanted - max(self.branch.num_frames, self._first_frames())) // block
-            ahead_s = (info.num_video_frames(wanted) - self._played) / info.fps - num_waiting * self._block_s
-            is_next = num_waiting == 1 and self.branch.num_video_frames <= self._played  # the viewer has nothing left
-            if not is_next and (ahead_s > self._hall.config.ahead_s or num_waiting > 2):
+        made = max(self.branch.num_frames, self._first_frames())
+        num_under_way = max(0, self._granted_frames - made) // block
+        for number in range(num_under_way + 1, _MAX_UNDER_WAY + 1):
+            wanted = made + number * block
+            ahead_s = (info.num_video_frames(wanted) - self._played) / info.fps - number * self._block_s
+            is_needed = number == 1 and self.branch.num_video_frames <= self._played  # the viewer has nothing left
+            if ahead_s > self._hall.config.ahead_s and not is_needed:
                 return
-            if num_waiting == 1:
+            if number == 1:
                 self._last_time = time.monotonic()
             self._granted_frames = wanted
             self._send(Grant(self.key, self._epoch, wanted))

@@ -102,10 +102,12 @@ def _typed(lines: TextIO) -> Callable[[str], str | None]:
     typed: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def listen() -> None:
-        for line in lines:
-            if line.strip():
-                typed.put(" ".join(line.split()))
-        typed.put(None)
+        try:
+            for line in lines:
+                if line.strip():
+                    typed.put(" ".join(line.split()))
+        finally:  # the terminal may be gone, or what was typed no text: without an end the video would grow for ever
+            typed.put(None)
 
     threading.Thread(target=listen, daemon=True).start()
 
