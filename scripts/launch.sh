@@ -44,8 +44,9 @@ pids=()
 signal() { kill "-$1" "${pids[@]}" || true; }
 if [[ "$command" == train ]]; then stop=TERM; else stop=INT; fi
 trap 'rm -rf "$logs"' EXIT
-trap 'signal INT' INT
-trap 'signal "$stop"' TERM HUP
+asked="" # while processes are being started, not all are in the list: their turn comes after
+trap 'asked=INT' INT
+trap 'asked="$stop"' TERM HUP
 set -m # job control: the processes take Ctrl-C from this script alone, and do not ignore it
 for ((i = 0; i < num_gpus; i++)); do
     exec {out}>&1 {err}>&2
@@ -55,6 +56,9 @@ for ((i = 0; i < num_gpus; i++)); do
     exec {out}>&- {err}>&-
 done
 set +m
+trap 'signal INT' INT
+trap 'signal "$stop"' TERM HUP
+[[ -z "$asked" ]] || signal "$asked"
 exec {say}>&2 2>/dev/null # in its own words bash would tell of every process that was killed
 
 status=0
