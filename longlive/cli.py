@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import longlive
-from longlive.config import PATH_RULE, ROOT, InferenceConfig, Section, config_keys, load_config
+from longlive.config import PATH_RULE, ROOT, InferenceConfig, Section, check_used, config_keys, load_config
 from longlive.distributed import is_main, world_size
 from longlive.errors import InputError
 
@@ -224,11 +224,11 @@ def _evaluate(argv: Sequence[str]) -> None:
 
 def _serve(argv: Sequence[str]) -> None:
     """serve a page on which prompts are typed while the video plays"""
-    from longlive.web.serve_config import ServeConfig, check_used
+    from longlive.web.serve_config import UNUSED, ServeConfig
 
     parser = _Parser("serve", f"{_serve.__doc__}.", _describe_keys(ServeConfig))
     config, explicit = load_config(ServeConfig, *_config_arguments(parser, argv, "longlive_inference.yaml"))
-    check_used(explicit)
+    check_used(explicit, UNUSED, "to serve: prompts and seeds come from the viewers")
 
     from longlive.web.server import serve
 

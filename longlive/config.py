@@ -127,6 +127,15 @@ class Section:
                 Key(item.name, item.type, item.default, **item.metadata).check(getattr(self, item.name))
 
 
+def check_used(explicit: frozenset[str], unused: frozenset[str], why: str) -> None:
+    """Raise InputError where the command line sets a key that a command has taken over from another and does not use.
+
+    why: to which command it means nothing, and what holds instead.
+    """
+    for name in sorted(explicit & unused):
+        raise InputError(f"command line: {name} means nothing {why}")
+
+
 @dataclass(frozen=True)
 class ModelKwargs(Section):
     """What the generator attends to, in latent frames, and its noise schedule."""

@@ -22,7 +22,6 @@ from longlive.config import to_dict, to_yaml
 from longlive.data.clips import PixelClips, PixelPool, PixelSource
 from longlive.data.order import Order
 from longlive.data.shapes.clips import ShapesClips
-from longlive.data.shapes.render import render
 from longlive.distributed import is_main, local_world_size, world_size
 from longlive.errors import InputError
 from longlive.inference.video import check_writable
@@ -225,9 +224,12 @@ def pixel_clips(config: TrainConfig, device: torch.device) -> PixelSource:
     if config.world is None:
         assert config.clips_path is not None
         return PixelClips(config.clips_path, config.height, config.width, num_video_frames, config.fps)
-    scenes = ShapesClips(config.num_scenes, config.seed).scenes(range(config.num_scenes))
-    parts = [scenes[start : start + WORLD_BATCH_SIZE] for start in range(0, len(scenes), WORLD_BATCH_SIZE)]
-    return PixelPool(torch.cat([render(part, 0, num_video_frames, device) for part in parts]))
+    clips, numbers = (
+        ShapesClips(config.num_scenes, config.seed, num_video_frames, device=device),
+        range(config.num_scenes),
+    )
+    starts = numbers[::WORLD_BATCH_SIZE]
+    return PixelPool(torch.cat([clips.frames(numbers[start : start + WORLD_BATCH_SIZE]) for start in starts]))
 
 
 def num_statistics_clips(config: TrainConfig) -> int:
@@ -241,11 +243,10 @@ def vae_job(config: TrainConfig) -> Job:
     z_dim = config.vae_z_dim
     statistics: dict[str, Any] = {"latents_mean": (0.0,) * z_dim, "latents_std": (1.0,) * z_dim}
     vae_config = VAEConfig(config.vae_base_dim, z_dim, num_res_blocks=config.vae_num_res_blocks, **statistics)
-    if config.world is None:
-        pixel_clips(config, torch.device("cpu"))  # to see now whether they can be read
+    files = pixel_clips(config, torch.device("cpu")) if config.world is None else None  # to see now what can be read
 
     def make(group: Group, checkpoints: Checkpoints) -> Trainer:
-        clips = pixel_clips(config, group.device)
+        clips = files or pixel_clips(config, group.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived_seed(config.seed, "weights"))
             autoencoder = Autoencoder(WanVAE(vae_config))

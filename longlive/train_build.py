@@ -226,12 +226,12 @@ def make_flow_matching(
 @torch.no_grad()
 def encode_world(config: TrainConfig, inputs: Inputs, device: torch.device) -> LatentPool:
     """The latents of all scenes of a world, drawn and encoded on the device, where they stay."""
-    vae, batch_size = inputs.vae, WORLD_BATCH_SIZE
+    vae, numbers, batch_size = inputs.vae, range(config.num_scenes), WORLD_BATCH_SIZE
     num_video_frames = 1 + vae.config.temporal_factor * (config.clip_frames - 1)
     scenes = ShapesClips(config.num_scenes, config.seed, num_video_frames, device=device)
     latents = [
-        vae.normalized(vae.encode_distribution(scenes.pixels(range(start, min(start + batch_size, len(scenes)))))[0])
-        for start in tqdm(range(0, len(scenes), batch_size), desc="encoding scenes", disable=not is_main())
+        vae.normalized(vae.encode_distribution(scenes.pixels(numbers[start : start + batch_size]))[0])
+        for start in tqdm(numbers[::batch_size], desc="encoding scenes", disable=not is_main())
     ]
     return LatentPool([prompt for (prompt,) in inputs.prompts], torch.cat(latents).float())
 

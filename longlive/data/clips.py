@@ -88,6 +88,11 @@ class LatentClips:
         return ClipBatch([line.prompt for line in lines], latents, trajectory)
 
 
+def from_uint8(frames: Tensor) -> Tensor:
+    """Pictures [..., H, W, 3] uint8 to pixels [..., 3, H, W] float32 in [-1, 1]."""
+    return frames.movedim(-1, -3) / 127.5 - 1
+
+
 class LatentPool:
     """Clips in memory, on any device: a `LatentSource`."""
 
@@ -115,7 +120,7 @@ class PixelPool:
 
     def pixels(self, items: Sequence[int]) -> Tensor:
         index = torch.tensor(items).to(self._frames.device, non_blocking=True)
-        return self._frames[index].permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+        return from_uint8(self._frames[index])
 
 
 class ClipWriter:
@@ -194,7 +199,7 @@ class PixelClips:
         Raises `InputError` naming line and file when it cannot be decoded or is too short.
         """
         frames = torch.stack([self._read(self._lines[item]) for item in items])
-        return frames.permute(0, 1, 4, 2, 3) / 127.5 - 1
+        return from_uint8(frames)
 
     def _read(self, line: IndexLine) -> Tensor:
         with naming(line.where):

@@ -85,13 +85,6 @@ class EvaluateConfig(InferenceConfig):
         return tuple(sorted({WINDOW_S, *self.lengths_s, *drift_s}))
 
 
-def check_used(explicit: frozenset[str]) -> None:
-    """Raise InputError where the command line sets what means nothing here."""
-    unused = sorted(explicit & UNUSED)
-    if unused:
-        raise InputError(f"command line: {unused[0]} means nothing to evaluate, which makes its own prompts")
-
-
 def teacher_clips(config: EvaluateConfig, seed: int, num_frames: int) -> ClipsConfig:
     """What the clips command would be told to make the teacher's samples, of `num_frames` latent frames."""
     shared = ("model_name", "wan_folder", "vae_ckpt", "height", "width", "device", "attention", "low_memory")

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from longlive.build import choose_device, load_models, make_session_config, versions, weight_files
-from longlive.config import to_dict
+from longlive.config import check_used, to_dict
+from longlive.data.clips import from_uint8
 from longlive.data.shapes import FPS
 from longlive.data.shapes.captions import prompt_of
 from longlive.data.shapes.clips import HELD_OUT, ShapesClips, ShapesSwitches
@@ -25,10 +26,10 @@ from longlive.data.shapes.render import render
 from longlive.data.shapes.world import Scene
 from longlive.errors import InputError
 from longlive.eval.evaluate_config import (
+    UNUSED,
     WINDOW_S,
     WINDOW_VIDEO_FRAMES,
     EvaluateConfig,
-    check_used,
     teacher_clips,
 )
 from longlive.eval.figures import (
@@ -65,7 +66,7 @@ def run_shapes(config: EvaluateConfig, explicit: frozenset[str], out: Path) -> N
 
     Raises InputError for files that do not fit and for an `out` that cannot be written, before any video is made.
     """
-    check_used(explicit)
+    check_used(explicit, UNUSED, "to evaluate, which makes its own prompts")
     if not out.parent.is_dir():
         raise InputError(f"--json {out}: the folder {out.parent} does not exist")
     check_writable(out.parent)
@@ -131,8 +132,7 @@ def judge_scenes(
         frames = render([scenes[number] for number in numbers], 0, WINDOW_VIDEO_FRAMES, studio.models.device)
         made = frames
         if is_encoded:
-            pixels = frames.permute(0, 1, 4, 2, 3).float() / 127.5 - 1
-            made = to_uint8(vae.decode(vae.encode(pixels)))
+            made = to_uint8(vae.decode(vae.encode(from_uint8(frames))))
             errors = (made.float() - frames.float()).square().mean(dim=(1, 2, 3, 4))
             ratios += (10 * torch.log10(255**2 / errors)).tolist()
         readings += judge_batch(made)

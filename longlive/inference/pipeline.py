@@ -12,7 +12,7 @@ import logging
 import re
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from longlive.data.clips import read_clip
+from longlive.data.clips import from_uint8, read_clip
 from longlive.data.prompts import Script
 from longlive.inference.session import Chunk, Models, Session, SessionConfig
 from longlive.inference.video import ContactSheet, VideoWriter
@@ -162,7 +162,7 @@ def load_clip(path: str | None, config: SessionConfig, fps: int) -> Tensor | Non
     if path is None:
         return None
     frames = read_clip(path, config.height, config.width, fps)
-    return frames.permute(0, 3, 1, 2)[None] / 127.5 - 1
+    return from_uint8(frames)[None]
 
 
 def num_video_frames(script: Script, clip: Tensor | None, temporal_factor: int) -> int:
@@ -242,27 +242,32 @@ class VideoFile:
 def on_host(chunks: Iterable[Chunk]) -> Iterator[Tensor]:
     """The pixels of each chunk on the CPU: the first at once, the others one chunk behind, so that the GPU makes the
     next while the caller uses this one."""
-    waiting: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+    waiting: deque[Callable[[], Tensor]] = deque()
     for number, chunk in enumerate(chunks):
         if chunk.pixels.device.type != "cuda":
             yield chunk.pixels
             continue
-        host = torch.empty_like(chunk.pixels, device="cpu", pin_memory=True)
-        host.copy_(chunk.pixels, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        waiting.append((host, copied))
+        waiting.append(download(chunk.pixels))
         if number != 1:
-            yield _arrived(waiting)
+            yield waiting.popleft()()
     while waiting:
-        yield _arrived(waiting)
+        yield waiting.popleft()()
 
 
-def _arrived(waiting: "deque[tuple[Tensor, torch.cuda.Event]]") -> Tensor:
-    """The oldest download, once it is complete."""
-    host, copied = waiting.popleft()
-    copied.synchronize()
-    return host
+def download(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start to bring a tensor to the CPU; calling the result waits until it has arrived."""
+    if tensor.device.type != "cuda":
+        return lambda: tensor
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def arrived() -> Tensor:
+        copied.synchronize()
+        return host
+
+    return arrived
 
 
 class Clock:

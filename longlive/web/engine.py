@@ -20,8 +20,10 @@ from torch import Tensor
 from longlive.build import choose_device, choose_model, load_models, make_session_config
 from longlive.builtin import BUILTIN
 from longlive.config import InferenceConfig, config_keys, to_dict
+from longlive.data.clips import from_uint8
 from longlive.data.shapes.captions import understand
 from longlive.errors import InputError
+from longlive.inference.pipeline import download
 from longlive.inference.session import Chunk, Models, Past, Session, SessionConfig
 from longlive.web.messages import (
     Broken,
@@ -170,8 +172,8 @@ class Engine:
     def _deliver(self, live: Live, prompt: str, first_video_frame: int, chunks: list[Chunk]) -> None:
         """Encode and send a block, behind the back of the thread that computes."""
         dtype = self._models.generator.patch_embedding.weight.dtype
-        latents = [on_host(chunk.latents.to(dtype)) for chunk in chunks]
-        pixels = [on_host(chunk.pixels[0]) for chunk in chunks]
+        latents = [download(chunk.latents.to(dtype)) for chunk in chunks]
+        pixels = [download(chunk.pixels[0]) for chunk in chunks]
 
         def encode() -> None:
             frames = torch.cat([arrived() for arrived in pixels]).numpy()
@@ -214,22 +216,6 @@ class Engine:
             last_resort.start()
 
 
-def on_host(tensor: Tensor) -> Callable[[], Tensor]:
-    """Start to bring a tensor to the CPU; calling the result waits until it has arrived."""
-    if tensor.device.type != "cuda":
-        return lambda: tensor
-    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
-    host.copy_(tensor, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def arrived() -> Tensor:
-        copied.synchronize()
-        return host
-
-    return arrived
-
-
 def to_latents(tensor: Tensor) -> Latents:
     data = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return Latents(data, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
@@ -243,4 +229,4 @@ def to_tensor(latents: Latents) -> Tensor:
 def to_pixels(picture: Picture) -> Tensor:
     """[1, 1, 3, height, width] in [-1, 1], as `load_clip` gives it."""
     pixels = np.frombuffer(picture.data, np.uint8).reshape(picture.height, picture.width, 3).copy()
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None, None] / 127.5 - 1
+    return from_uint8(torch.from_numpy(pixels))[None, None]

@@ -53,10 +53,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host.lower() == "localhost"
-
-
-def check_used(explicit: frozenset[str]) -> None:
-    """Raise InputError where the command line sets what means nothing here."""
-    unused = sorted(explicit & UNUSED)
-    if unused:
-        raise InputError(f"command line: {unused[0]} means nothing to serve: prompts and seeds come from the viewers")

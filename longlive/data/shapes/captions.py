@@ -150,7 +150,7 @@ class _Reader:
 
 
 def _unknown(word: str) -> str:
-    known = sorted({word for phrase in _PHRASES for word in phrase} - _FILLERS)
+    known = sorted(_VOCABULARY.keys() - _FILLERS)
     nearest = difflib.get_close_matches(word, known, n=2, cutoff=0.5)
     return f"'{word}' is unknown" + (f", nearest is {' or '.join(nearest)}" if nearest else "")
 

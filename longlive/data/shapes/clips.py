@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from longlive.data.clips import from_uint8
 from longlive.data.shapes.captions import prompt_of
 from longlive.data.shapes.render import render
 from longlive.data.shapes.world import Scene, sample_scene, switched
@@ -30,7 +31,7 @@ class ShapesClips:
         split: str = TRAIN,
         device: torch.device | str = "cpu",
     ) -> None:
-        """`device` is where clips are drawn and returned; a `PixelSource` returns them on the CPU."""
+        """device: where clips are drawn and returned."""
         self._num_clips, self._seed, self._num_video_frames = num_clips, seed, num_video_frames
         self._split, self._device = split, device
 
@@ -43,10 +44,13 @@ class ShapesClips:
     def prompts(self, items: Sequence[int]) -> list[str]:
         return [prompt_of(scene) for scene in self.scenes(items)]
 
+    def frames(self, items: Sequence[int]) -> Tensor:
+        """[B, num_video_frames, HEIGHT, WIDTH, 3] uint8."""
+        return render(self.scenes(items), 0, self._num_video_frames, self._device)
+
     def pixels(self, items: Sequence[int]) -> Tensor:
         """[B, num_video_frames, 3, HEIGHT, WIDTH] float32 in [-1, 1]."""
-        frames = render(self.scenes(items), 0, self._num_video_frames, self._device)
-        return frames.permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+        return from_uint8(self.frames(items))
 
 
 class ShapesSwitches:
