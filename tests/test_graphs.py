@@ -1,5 +1,7 @@
 """Passes replayed as CUDA graphs are the model's own."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -26,14 +28,15 @@ def inputs(seed: int, num_frames: int = 4) -> tuple[Tensor, Tensor, Tensor]:
 def test_calls_with_gradient_are_the_modules_own() -> None:
     model = tiny_dit().cuda().requires_grad_(True)
     graphed = GraphedModule(model)
+
+    def output_and_gradients(call: Callable[..., Tensor], seed: int) -> list[Tensor]:
+        model.zero_grad(set_to_none=True)
+        out = call(*inputs(seed))
+        out.square().mean().backward()
+        return [out.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
     for seed in range(3):
-        found = []
-        for call in (model, graphed):
-            model.zero_grad(set_to_none=True)
-            out = call(*inputs(seed))
-            out.square().mean().backward()
-            found.append([out.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
-        torch.testing.assert_close(found[0], found[1])
+        torch.testing.assert_close(output_and_gradients(model, seed), output_and_gradients(graphed, seed))
 
 
 def test_calls_of_other_shapes_and_without_gradient() -> None:

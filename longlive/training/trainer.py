@@ -103,11 +103,22 @@ class Network:
 
     def take_gradients(self) -> None:
         """Add the gradients of a backward pass to those of the parameters, in float32."""
+        first: tuple[list[Tensor], list[Tensor]] = ([], [])
+        later: tuple[list[Tensor], list[Tensor]] = ([], [])
         for name, copy in self._copies.items():
-            if copy.grad is not None:
-                parameter = self.parameters[name]
-                parameter.grad = copy.grad.float() if parameter.grad is None else parameter.grad.add_(copy.grad)
-                copy.grad = None
+            if copy.grad is None:
+                continue
+            parameter = self.parameters[name]
+            sums, added = first if parameter.grad is None else later
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+            sums.append(parameter.grad)
+            added.append(copy.grad)
+            copy.grad = None
+        if first[0]:
+            torch._foreach_copy_(*first)
+        if later[0]:
+            torch._foreach_add_(*later)
 
     def update(self, step: int, num_steps: int) -> float:
         """Clip the gradients, change the weights, clear the gradients; returns the gradients' norm before clipping.

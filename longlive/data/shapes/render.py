@@ -5,6 +5,7 @@ A body is drawn in a square patch around its centre, so that drawing costs what 
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ _MARKER_SIZES = {"dot": (3.6, 3.6), "dash": (5.5, 2.0), "post": (2.0, 5.5)}  # h
 def render(scenes: Sequence[Scene], start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
     """Frames start, …, stop − 1 of every scene: [B, F, HEIGHT, WIDTH, 3] uint8 on the device."""
     num_frames = stop - start
-    stills = torch.stack([_background(scene) for scene in scenes]).to(device)
+    stills = torch.stack([_background(scene.background, scene.marker) for scene in scenes]).to(device)
     video = stills[:, None].expand(-1, num_frames, -1, -1, -1).contiguous()
     for number in range(max(len(scene.bodies) for scene in scenes)):
         for shape in SHAPES:
@@ -68,10 +69,11 @@ def _draw(video: Tensor, scenes: Sequence[Scene], rows: list[int], number: int, 
     pixels[pixel] = (behind + alpha * (colour - behind)).round().to(torch.uint8).view(-1, 3)
 
 
-def _background(scene: Scene) -> Tensor:
-    """The scene without its bodies: [HEIGHT, WIDTH, 3] uint8."""
-    colours = torch.tensor(BACKGROUNDS[scene.background], dtype=torch.float32)
-    alpha = marker_coverage(*scene.marker)[..., None]
+@cache
+def _background(name: str, marker: tuple[str, str]) -> Tensor:
+    """A background with its marker and no bodies: [HEIGHT, WIDTH, 3] uint8."""
+    colours = torch.tensor(BACKGROUNDS[name], dtype=torch.float32)
+    alpha = marker_coverage(*marker)[..., None]
     return (colours[0] + alpha * (colours[1] - colours[0])).round().to(torch.uint8)
 
 
