@@ -16,9 +16,9 @@ from longlive.builtin import (
     BUILTIN,
     BUILTIN_GENERATOR,
     BUILTIN_HEIGHT_PX,
+    BUILTIN_TIMESTEP_SHIFT,
     BUILTIN_VAE,
     BUILTIN_WIDTH_PX,
-    IS_TRAINED,
     builtin_encoder,
     builtin_generator,
     builtin_vae,
@@ -62,6 +62,8 @@ BUILTIN_EXAMPLES = {
     )
 }
 """The examples of the shipped configurations, and those in the world of the built-in model."""
+STANDIN_OUTPUT_FRAMES = 81
+"""20 s: the length of videos where the built-in model stands in and none was asked for."""
 PUBLISHED_WEIGHTS = {
     "model_name": "Wan2.1-T2V-1.3B",
     "wan_folder": str(ROOT / "wan_models"),
@@ -127,10 +129,9 @@ def choose_model(config: InferenceConfig, explicit: frozenset[str]) -> Inference
         if is_own or is_typed or any(path.exists() for path in wanted):
             return config
         log.warning(
-            "No weights found at %s: using the tiny built-in model, which %s. "
+            "No weights found at %s: using the tiny built-in model, which knows moving shapes and no more. "
             "The real weights: bash scripts/download_weights.sh",
             wanted[0],
-            "knows moving shapes and no more" if IS_TRAINED else "is not trained yet and shows coloured noise",
         )
     shipped = InferenceConfig()
     changes: dict[str, Any] = {
@@ -139,14 +140,24 @@ def choose_model(config: InferenceConfig, explicit: frozenset[str]) -> Inference
     if config.data_path in BUILTIN_EXAMPLES and "data_path" not in explicit:
         changes["data_path"] = BUILTIN_EXAMPLES[config.data_path]
     changes |= {k: None for k in ("generator_ckpt", "lora_ckpt") if getattr(config, k) == PUBLISHED_WEIGHTS[k]}
-    return replace(config, model_name=BUILTIN, **changes)
+    chosen = replace(config, model_name=BUILTIN, **changes)
+    is_default = chosen.model_kwargs.timestep_shift == shipped.model_kwargs.timestep_shift
+    if chosen.generator_ckpt is None and is_default and "model_kwargs.timestep_shift" not in explicit:
+        chosen = replace(chosen, model_kwargs=replace(chosen.model_kwargs, timestep_shift=BUILTIN_TIMESTEP_SHIFT))
+    return chosen
 
 
 def shorten(chosen: InferenceConfig, asked: InferenceConfig, explicit: frozenset[str]) -> InferenceConfig:
-    """What `choose_model` has chosen, with the first video only where the built-in model stands in for the one asked
-    for, so that something is shown at once; inference_iter, where it was set, stays."""
-    is_set = "inference_iter" in explicit or asked.inference_iter != InferenceConfig().inference_iter
-    if chosen.model_name == asked.model_name or asked.prompts or is_set:
+    """What `choose_model` has chosen, with the first video only, and 20 s of it, where the built-in model stands in for
+    the one asked for, so that something is shown at once. inference_iter and num_output_frames, where set, stay."""
+    shipped = InferenceConfig()
+    if chosen.model_name == asked.model_name:
+        return chosen
+    is_asked = "num_output_frames" in explicit or asked.num_output_frames != shipped.num_output_frames
+    if not is_asked and STANDIN_OUTPUT_FRAMES % asked.num_frame_per_block == 0:
+        chosen = replace(chosen, num_output_frames=STANDIN_OUTPUT_FRAMES)
+    is_set = "inference_iter" in explicit or asked.inference_iter != shipped.inference_iter
+    if asked.prompts or is_set:
         return chosen
     log.warning("Only the first video is made (inference_iter=-1: all).")
     return replace(chosen, inference_iter=1)
@@ -236,9 +247,9 @@ def weight_files(config: InferenceConfig) -> list[Path]:
         found += wan_files(files["wan"], (VAE, TEXT_ENCODER) if "generator_ckpt" in files else PARTS.values())
     if "generator_ckpt" in files:
         found.append(find_weights(DIT, files["generator_ckpt"]))
-    elif config.model_name == BUILTIN and IS_TRAINED:
+    elif config.model_name == BUILTIN:
         found.append(BUILTIN_GENERATOR)
-    if config.model_name == BUILTIN and IS_TRAINED and "vae_ckpt" not in files:
+    if config.model_name == BUILTIN and "vae_ckpt" not in files:
         found.append(BUILTIN_VAE)
     found += [files[name] for name in ("lora_ckpt", "vae_ckpt") if name in files]
     return found

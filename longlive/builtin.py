@@ -1,22 +1,19 @@
 """The model that is there without any download: a small one of the Shapes world, from scripts/train_shapes.sh. Layer 4.
 
-As long as its files are not there, generator and VAE are random, always the same, and show noise.
-
 Its text encoder is frozen as it is drawn: word embeddings, and one layer of attention whose heads each look at one
 neighbouring word, so that the embedding of "star" tells which size, colour and motion stand beside it. Nothing more is
 needed to follow captions of a small grammar.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from longlive.data.shapes.captions import word_tokens
 from longlive.data.shapes.world import HEIGHT, WIDTH
-from longlive.models.dit import PRESETS, DiTConfig, WanDiT
+from longlive.models.dit import DiTConfig
 from longlive.models.text_encoder import TextEncoder, TextEncoderConfig
-from longlive.models.vae import VAEConfig, WanVAE
+from longlive.models.vae import VAEConfig
 from longlive.weights.files import StateDict
 from longlive.weights.formats import read_dit, read_vae
 
@@ -25,25 +22,11 @@ BUILTIN = "tiny"
 
 FOLDER = Path(__file__).parent / "shapes_model"
 BUILTIN_GENERATOR, BUILTIN_VAE = FOLDER / "generator.safetensors", FOLDER / "vae.safetensors"
-IS_TRAINED = BUILTIN_GENERATOR.exists()
 BUILTIN_HEIGHT_PX, BUILTIN_WIDTH_PX = HEIGHT, WIDTH
+BUILTIN_TIMESTEP_SHIFT = 15.0  # as in configs/shapes_train_long.yaml
 
 TEXT = TextEncoderConfig(
     vocab_size=128, dim=64, dim_attn=64, dim_ffn=128, num_heads=8, num_layers=1, text_len=32, max_distance=32
-)
-LATENT_CHANNELS = 8
-VAE = VAEConfig(
-    base_dim=8,
-    z_dim=LATENT_CHANNELS,
-    latents_mean=(0.0,) * LATENT_CHANNELS,
-    latents_std=(1.0,) * LATENT_CHANNELS,
-)
-DIT: DiTConfig = replace(
-    PRESETS[BUILTIN],
-    in_channels=LATENT_CHANNELS,
-    out_channels=LATENT_CHANNELS,
-    text_dim=TEXT.dim,
-    text_len=TEXT.text_len,
 )
 
 _NEIGHBOURS = (-4, -3, -2, -1, 1, 2, 3, 4)
@@ -52,20 +35,12 @@ _NEIGHBOUR_BIAS = 12.0  # of the scores, which are about 1 themselves
 
 def builtin_generator() -> tuple[DiTConfig, StateDict]:
     """Sizes and weights of the generator."""
-    if IS_TRAINED:
-        return read_dit(BUILTIN_GENERATOR)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return DIT, dict(WanDiT(DIT).state_dict())
+    return read_dit(BUILTIN_GENERATOR)
 
 
 def builtin_vae() -> tuple[VAEConfig, StateDict]:
     """Sizes and weights of the VAE."""
-    if IS_TRAINED:
-        return read_vae(BUILTIN_VAE)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return VAE, dict(WanVAE(VAE).state_dict())
+    return read_vae(BUILTIN_VAE)
 
 
 def builtin_encoder() -> TextEncoder:

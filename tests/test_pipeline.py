@@ -15,6 +15,7 @@ from torch import Tensor
 
 from longlive import cli
 from longlive.build import choose_model, shorten
+from longlive.builtin import BUILTIN_TIMESTEP_SHIFT
 from longlive.config import ROOT, InferenceConfig, load_config
 from longlive.data.prompts import Script
 from longlive.inference.pipeline import (
@@ -226,6 +227,14 @@ def test_built_in_model_stands_in_for_weights_that_are_not_there(
         assert "first video" not in caplog.text
         chosen = shorten(chosen, asked, explicit)
         assert (chosen.inference_iter == 1) == ("first video" in caplog.text) == is_short
+        assert (chosen.num_output_frames, chosen.model_kwargs.timestep_shift) == (81, BUILTIN_TIMESTEP_SHIFT)
+    for typed in ("num_output_frames=120", "num_frame_per_block=5"):
+        asked, explicit = load_config(InferenceConfig, ROOT / "configs/longlive_inference.yaml", [typed])
+        assert shorten(choose_model(asked, explicit), asked, explicit).num_output_frames == 120
+    asked, explicit = load_config(
+        InferenceConfig, ROOT / "configs/longlive_inference.yaml", ["model_kwargs.timestep_shift=5"]
+    )
+    assert choose_model(asked, explicit).model_kwargs.timestep_shift == 5
     assert shorten(asked, asked, frozenset()) is asked
 
 
