@@ -179,6 +179,13 @@ def test_decode_in_pieces_equals_the_whole(vae: WanVAE, seed: int) -> None:
     assert torch.equal(in_pieces(vae.decode, latents, [1] * 7), whole)
 
 
+@pytest.mark.parametrize("latents_per_pass", [2, 3, 7])
+def test_decode_of_several_latents_in_a_pass(vae: WanVAE, latents_per_pass: int) -> None:
+    latents, cache = random_latents(vae, 7, batch=2), vae.new_cache()
+    pieces = [vae.decode(piece, cache, latents_per_pass) for piece in latents.split([4, 3], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), vae.decode(latents), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_encode_in_pieces_equals_the_whole(vae: WanVAE, seed: int) -> None:
     random.seed(seed)

@@ -307,9 +307,9 @@ class Encoder(_Coder):
 
 
 class Decoder(_Coder):
-    """One latent [B, z_dim, 1, h, w] -> pixels [B, 3, 1 or temporal_factor, H, W] and the state for the next.
+    """Latents [B, z_dim, k, h, w] -> pixels [B, 3, temporal_factor * k, H, W] and the state for the next chunk.
 
-    The first chunk may have 1 + k latents, which give 1 + temporal_factor * k frames.
+    The first latent of the first chunk gives 1 frame.
     """
 
     def __init__(self, config: VAEConfig) -> None:
@@ -394,12 +394,14 @@ class WanVAE(nn.Module):
         chunks = pixels.tensor_split(later_chunks, dim=1)
         return torch.cat([self._encode_chunk(chunk, cache) for chunk in chunks], dim=1)
 
-    def decode(self, latents: Tensor, cache: StreamCache | None = None) -> Tensor:
+    def decode(self, latents: Tensor, cache: StreamCache | None = None, latents_per_pass: int = 1) -> Tensor:
         """Pixels of normalised latents, NOT clamped: what leaves [-1, 1] is for the caller to clamp.
 
         Args:
             latents: [B, f, z_dim, h, w], f >= 1.
             cache: the stream to continue, updated; without it `latents` is a whole clip.
+            latents_per_pass: as many are decoded at once, which is faster where frames are small and takes as much more
+                memory. Passes of different sizes agree up to rounding.
 
         Returns:
             [B, F, 3, 8h, 8w]: 1 video frame for the first latent of a stream or clip, 4 for every other.
@@ -410,7 +412,7 @@ class WanVAE(nn.Module):
         if latents.ndim != 5 or latents.shape[1] < 1 or latents.shape[2] != self.config.z_dim:
             raise InputError(f"latents are {tuple(latents.shape)}, accepted is [B, f, {self.config.z_dim}, h, w]")
         cache = self.new_cache() if cache is None else cache
-        return torch.cat([self._decode_chunk(chunk, cache) for chunk in latents.split(1, dim=1)], dim=1)
+        return torch.cat([self._decode_chunk(chunk, cache) for chunk in latents.split(latents_per_pass, dim=1)], dim=1)
 
     def encode_distribution(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the posterior of a whole clip, not normalised; in one pass, for training.

@@ -14,6 +14,9 @@ from longlive.models.dit import WanDiT
 from longlive.models.vae import WanVAE
 from longlive.rollout import BlockTraining, Rollout
 
+PIXELS_PER_PASS = 2**22
+"""Of the VAE over many small frames, where a latent at a time would be launches and little else."""
+
 
 @dataclass(frozen=True)
 class ChunkNoise:
@@ -103,6 +106,12 @@ class StreamingSequence:
         return torch.cat(blocks, dim=1)
 
 
+def _latents_per_pass(vae: WanVAE, latents: Tensor) -> int:
+    batch_size, _, _, height, width = latents.shape
+    pixels_per_latent = batch_size * height * width * vae.config.spatial_factor**2 * vae.config.temporal_factor
+    return max(1, PIXELS_PER_PASS // pixels_per_latent)
+
+
 def make_clip(vae: WanVAE, previous: Tensor | None, new: Tensor, num_frames: int) -> Clip:
     """The newest `num_frames` frames for the score models, which know clips from their beginning only.
 
@@ -116,7 +125,8 @@ def make_clip(vae: WanVAE, previous: Tensor | None, new: Tensor, num_frames: int
     frames = torch.cat([previous, new], dim=1)
     num_before = frames.shape[1] - num_frames
     with torch.no_grad():
-        picture = vae.decode(frames[:, : num_before + 1])[:, -1:].clamp(-1, 1)
+        before = vae.decode(frames[:, : num_before + 1], latents_per_pass=_latents_per_pass(vae, frames))
+        picture = before[:, -1:].clamp(-1, 1)
         first = vae.encode(picture).to(frames.dtype)
     is_new = torch.arange(num_frames, device=new.device) >= num_frames - new.shape[1]
     return Clip(torch.cat([first, frames[:, num_before + 1 :]], dim=1), is_new[:, None, None, None])
