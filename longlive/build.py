@@ -20,8 +20,6 @@ from longlive.builtin import (
     BUILTIN_VAE,
     BUILTIN_WIDTH_PX,
     builtin_encoder,
-    builtin_generator,
-    builtin_vae,
 )
 from longlive.config import ROOT, InferenceConfig, to_dict
 from longlive.data.prompts import Script, make_script, read_scripts
@@ -45,6 +43,7 @@ from longlive.weights.formats import (
     VAE,
     find_weights,
     load_text_encoder,
+    read_dit,
     read_generator,
     read_text_encoder,
     read_vae,
@@ -274,7 +273,7 @@ def load_generator(config: InferenceConfig, device: torch.device, dtype: torch.d
         check_rank(lora, adapter.rank, lora_path)
     if config.model_name == BUILTIN and config.generator_ckpt is None:
         source: str | Path = BUILTIN_GENERATOR
-        dit_config, state = builtin_generator()
+        dit_config, state = read_dit(source)
     else:
         source = config.generator_ckpt or wan_path(config)
         network = "generator_ema" if config.use_ema and config.generator_ckpt else "generator"
@@ -296,7 +295,7 @@ def load_vae(folder: Path | None, dtype: torch.dtype, vae_ckpt: str | None = Non
     Raises InputError for files that do not fit.
     """
     source = vae_ckpt or folder or BUILTIN_VAE
-    config, state = builtin_vae() if source == BUILTIN_VAE else read_vae(source)
+    config, state = read_vae(source)
     with torch.device("meta"):
         vae = WanVAE(config)
     check_finite(state, source)

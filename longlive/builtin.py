@@ -11,11 +11,7 @@ import torch
 
 from longlive.data.shapes.captions import word_tokens
 from longlive.data.shapes.world import HEIGHT, WIDTH
-from longlive.models.dit import DiTConfig
 from longlive.models.text_encoder import TextEncoder, TextEncoderConfig
-from longlive.models.vae import VAEConfig
-from longlive.weights.files import StateDict
-from longlive.weights.formats import read_dit, read_vae
 
 BUILTIN = "tiny"
 """The built-in model as `model_name`."""
@@ -31,16 +27,6 @@ TEXT = TextEncoderConfig(
 
 _NEIGHBOURS = (-4, -3, -2, -1, 1, 2, 3, 4)
 _NEIGHBOUR_BIAS = 12.0  # of the scores, which are about 1 themselves
-
-
-def builtin_generator() -> tuple[DiTConfig, StateDict]:
-    """Sizes and weights of the generator."""
-    return read_dit(BUILTIN_GENERATOR)
-
-
-def builtin_vae() -> tuple[VAEConfig, StateDict]:
-    """Sizes and weights of the VAE."""
-    return read_vae(BUILTIN_VAE)
 
 
 def builtin_encoder() -> TextEncoder:

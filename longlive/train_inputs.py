@@ -12,7 +12,7 @@ from longlive.build import (
     load_encoder,
     load_vae,
 )
-from longlive.builtin import BUILTIN, builtin_generator
+from longlive.builtin import BUILTIN, BUILTIN_GENERATOR
 from longlive.data.clips import LatentClips
 from longlive.data.prompts import read_pairs, read_prompts
 from longlive.data.shapes.clips import ShapesClips, ShapesSwitches
@@ -214,7 +214,7 @@ def read_critic(config: TrainConfig) -> Weights:
 def read_network(wan_folder: str, path: str | None, name: str, key: str) -> Weights:
     """A transformer from the file `path`, or of the Wan model called `name`, which the configuration's `key` tells."""
     if path is None and name == BUILTIN:
-        return Weights(*builtin_generator(), "the built-in model")
+        return Weights(*read_dit(BUILTIN_GENERATOR), "the built-in model")
     if path is not None:
         folder = find_wan_folder(wan_folder, name)
         source, (dit_config, state) = path, read_generator(path, folder)

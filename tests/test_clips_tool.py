@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longlive import cli
 from longlive.build import load_vae
-from longlive.builtin import TEXT, builtin_encoder, builtin_vae
+from longlive.builtin import BUILTIN_VAE, TEXT, builtin_encoder
 from longlive.data.clips import ClipWriter, LatentClips, PixelClips
 from longlive.data.order import Order
 from longlive.flow import flow_to_x0
@@ -28,13 +28,14 @@ from longlive.training.draw import Draw
 from longlive.training.flow_matching import CausalInit, FlowMatchingConfig
 from longlive.training.ode import ode_sigmas, sample_ode
 from longlive.training.teacher_forcing import TeacherForced
+from longlive.weights.formats import read_vae
 
 CPU = torch.device("cpu")
 STUDENT = Sampler(SamplerConfig(frames_per_block=1))
 SMALL = ("model_name=tiny", "height=16", "width=16", "num_training_frames=3", "device=cpu")  # one token a frame
 TEACHER = (*SMALL, "source=teacher", "real_name=tiny", "num_steps=2", "trajectory=true")
 PROMPTS = ["a red fox", "two boats", "rain", "a lamp"]
-LATENT_CHANNELS = builtin_vae()[0].z_dim
+LATENT_CHANNELS = read_vae(BUILTIN_VAE)[0].z_dim
 
 
 # --- the ODE ----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from longlive import cli
 from longlive.build import make_session_config
-from longlive.builtin import BUILTIN, builtin_generator
+from longlive.builtin import BUILTIN, BUILTIN_GENERATOR
 from longlive.data.shapes.clips import HELD_OUT, ShapesSwitches, scene_number
 from longlive.data.shapes.render import render
 from longlive.data.shapes.world import Caption, Look, Scene, scene_of
@@ -41,6 +41,7 @@ from longlive.eval.shapes import (
 from longlive.eval.statistics import average, share, spread
 from longlive.eval.studio import Studio, batches, cut_windows
 from longlive.weights.files import write_safetensors
+from longlive.weights.formats import read_dit
 from tests.tiny import tiny_models
 
 NUM_SCENES = 32
@@ -367,7 +368,7 @@ def test_the_command_from_end_to_end(
 ) -> None:
     caplog.set_level(logging.INFO, logger="longlive")
     out, teacher = tmp_path / "out.json", tmp_path / "teacher.safetensors"
-    sizes, state = builtin_generator()
+    sizes, state = read_dit(BUILTIN_GENERATOR)
     write_safetensors(teacher, state, {"part": "dit", "config": json.dumps(asdict(sizes))})
     command = ["evaluate", "--suite", "shapes", "--seed", "3", "--json", str(out)]
     command += ["--config_path", settings_file(tmp_path), "num_prompts=2", "lengths_s=5", "device=cpu"]

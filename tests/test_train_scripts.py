@@ -14,13 +14,14 @@ import torch
 from test_scripts import stand_in
 
 from longlive import cli
-from longlive.builtin import builtin_generator
+from longlive.builtin import BUILTIN_GENERATOR
 from longlive.errors import InputError
 from longlive.models.dit import DiTConfig, WanDiT
 from longlive.train import check_processes
 from longlive.train_config import TrainConfig
 from longlive.training.checkpoint import find_latest
 from longlive.weights.files import read_checkpoint, write_safetensors
+from longlive.weights.formats import read_dit
 
 ROOT = Path(__file__).parents[1]
 SIZES = {
@@ -119,7 +120,7 @@ def test_wrong_settings(settings: list[str], words: str, folder: Path, capsys: p
 def test_transformer_of_another_kind(
     key: str, size: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config: DiTConfig = replace(builtin_generator()[0], num_layers=1, **{size: 24})
+    config: DiTConfig = replace(read_dit(BUILTIN_GENERATOR)[0], num_layers=1, **{size: 24})
     weights = tmp_path / "other.safetensors"
     write_safetensors(weights, WanDiT(config).state_dict(), {"part": "dit", "config": json.dumps(asdict(config))})
     line = failure(train(folder, f"{key}={weights}", f"logdir={tmp_path}"), capsys)

@@ -31,12 +31,18 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Start:
-    """Take up a session where `past` ends: chunks with their prompts. picture: what it begins with if `past` is empty.
-    as_pictures: WebP is wanted besides mp4."""
+class OfEpoch:
+    """What belongs to one course of a session."""
 
     session: str
     epoch: int
+
+
+@dataclass(frozen=True)
+class Start(OfEpoch):
+    """Take up a session where `past` ends: chunks with their prompts. picture: what it begins with if `past` is empty.
+    as_pictures: WebP is wanted besides mp4."""
+
     seed: int
     past: tuple[tuple[str, Latents], ...]
     prompt: str
@@ -45,20 +51,16 @@ class Start:
 
 
 @dataclass(frozen=True)
-class SetPrompt:
+class SetPrompt(OfEpoch):
     """From the next block on."""
 
-    session: str
-    epoch: int
     text: str
 
 
 @dataclass(frozen=True)
-class Grant:
+class Grant(OfEpoch):
     """Make blocks until there are `num_frames` latent frames."""
 
-    session: str
-    epoch: int
     num_frames: int
 
 
@@ -98,20 +100,16 @@ class Failed:
 
 
 @dataclass(frozen=True)
-class Rebuilt:
+class Rebuilt(OfEpoch):
     """A session stands where its past ends; its stream begins with the segment `init`."""
 
-    session: str
-    epoch: int
     init: bytes
 
 
 @dataclass(frozen=True)
-class Made:
+class Made(OfEpoch):
     """A block. chunks: its latents, two where a picture came first; fragment: mp4; pictures: WebP, if wanted."""
 
-    session: str
-    epoch: int
     prompt: str
     chunks: tuple[Latents, ...]
     fragment: bytes
@@ -120,20 +118,16 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Notice:
+class Notice(OfEpoch):
     """What a viewer should know of a prompt, in one line."""
 
-    session: str
-    epoch: int
     message: str
 
 
 @dataclass(frozen=True)
-class Broken:
+class Broken(OfEpoch):
     """This session cannot go on, and why, in one line; the engine has dropped it."""
 
-    session: str
-    epoch: int
     message: str
 
 
