@@ -265,7 +265,7 @@ def vae_job(config: TrainConfig) -> Job:
             Order(len(clips), config.seed),
             loss,
             clock,
-            config.vae_picture_share,
+            config.picture_share,
             config.num_training_frames,
         )
         networks = {"vae": Network(autoencoder, optimizer_config(config), ema_config(config), dtype)}

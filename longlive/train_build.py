@@ -125,6 +125,7 @@ def make_players(
 
 def compile_norms(vae: nn.Module) -> None:
     """Compile the norms of a VAE, whose kernels suit few channels badly. (All of it would take a minute.)"""
+    torch._dynamo.config.recompile_limit = 64  # of every width, pictures and videos
     for module in vae.modules():
         if isinstance(module, RMSNorm):
             module.compile(dynamic=True)
@@ -215,7 +216,9 @@ def make_flow_matching(
         "order": Order(len(clips), config.seed),
         "encode_prompts": encode_prompts,
         "negative_prompt": config.negative_prompt,
-        "config": FlowMatchingConfig(config.model_kwargs.timestep_shift, config.prompt_dropout),
+        "config": FlowMatchingConfig(
+            config.model_kwargs.timestep_shift, config.prompt_dropout, config.picture_share, config.clip_frames
+        ),
         "clock": clock,
     }
     if config.stage == "pretrain":

@@ -133,6 +133,9 @@ class TrainConfig(Section):
     num_scenes: int = setting(32768, "scenes of the world to train on", at_least(1))
     negative_prompt: str = setting("", "what guidance leads away from")
     prompt_dropout: float = setting(0.1, "causal_init, pretrain: share of clips without prompt", between(0, 1))
+    picture_share: float = setting(
+        0.0, "vae, pretrain: share of the steps that are on pictures, the first frames of more clips", between(0, 1)
+    )
     batch_size: int = setting(1, "videos per process and micro-batch", at_least(1))
     gradient_accumulation_steps: int = setting(1, "micro-batches per step", at_least(1))
     total_batch_size: int | None = setting(
@@ -196,7 +199,6 @@ class TrainConfig(Section):
     vae_base_dim: int = setting(8, "vae: width of the first level", at_least(1))
     vae_num_res_blocks: int = setting(2, "vae: residual blocks of a level", at_least(1))
     vae_z_dim: int = setting(16, "vae: latent channels", at_least(1))
-    vae_picture_share: float = setting(0.0, "vae: share of the steps that are on pictures of more clips", between(0, 1))
     kl_weight: float = setting(1e-4, "vae: weight of the KL term", at_least(0))
     foreground_weight: float = setting(1.0, "vae: weight of pixels unlike their frame's median colour", at_least(1))
 
@@ -245,6 +247,8 @@ class TrainConfig(Section):
                     f"streaming_max_length={self.streaming_max_length}: must hold the first chunk and another with "
                     f"train_first_chunk=false, at least {shortest}"
                 )
+        if self.picture_share and self.stage not in ("vae", "pretrain"):
+            raise InputError(f"picture_share={self.picture_share}: not available with stage={self.stage}")
         if self.stage not in CAUSAL and (self.vis_interval or self.has_lora):
             key = "vis_interval" if self.vis_interval else "adapter.type=lora"
             if self.stage == "vae" or key == "vis_interval":

@@ -103,7 +103,7 @@ def measure(trainer: Trainer, num_cycles: int, critic_steps: int, device: torch.
         start = time.perf_counter()
         spent: dict[str, float] = {}
         for _ in range(num_steps):
-            values = trainer._step()
+            values = trainer.read(trainer.step())
             trainer.progress.step += 1
             for name, value in values.items():
                 if name.startswith("time/"):

@@ -16,7 +16,7 @@ from longlive.build import load_vae
 from longlive.builtin import BUILTIN_VAE, TEXT, builtin_encoder
 from longlive.data.clips import ClipWriter, LatentClips, PixelClips
 from longlive.data.order import Order
-from longlive.flow import flow_to_x0
+from longlive.flow import add_noise, flow_to_x0
 from longlive.inference.video import VideoWriter
 from longlive.make_clips import Make, Sampling, encoded_videos, sampled_clips, write_clips
 from longlive.models.attention import sdpa
@@ -25,7 +25,7 @@ from longlive.models.kv_cache import CacheConfig
 from longlive.rollout import Sampler, SamplerConfig
 from longlive.training.clock import Clock
 from longlive.training.draw import Draw
-from longlive.training.flow_matching import CausalInit, FlowMatchingConfig
+from longlive.training.flow_matching import CausalInit, FlowMatchingConfig, Pretrain
 from longlive.training.ode import ode_sigmas, sample_ode
 from longlive.training.teacher_forcing import TeacherForced
 from longlive.weights.formats import read_vae
@@ -210,7 +210,7 @@ class Seen(WanDiT):
     """The transformer itself, which notes the frames that it gets."""
 
     def forward(self, latents: Tensor, timesteps: Tensor, *args: object, **kwargs: object) -> Tensor:  # type: ignore[override]
-        self.noted = latents, timesteps
+        self.noted, self.text = (latents, timesteps), args[0]
         return super().forward(latents, timesteps, *args, **kwargs)  # type: ignore[arg-type]
 
 
@@ -246,6 +246,35 @@ def losses(stage: CausalInit, num_steps: int) -> list[float]:
         optimizer.step()
         values.append(loss.item())
     return values
+
+
+def test_pictures_are_the_first_frames_of_more_clips(tmp_path: Path) -> None:
+    write(tmp_path, teacher_make())
+    clips = LatentClips(tmp_path / "clips.jsonl")
+    generator = Seen(TINY_DIT)
+    generator.load_state_dict(tiny_dit(seed=3).state_dict())
+    encode_prompts, order = tiny_models().encode_prompts, Order(len(clips), seed=0)
+    config = FlowMatchingConfig(prompt_dropout=0.5, picture_share=0.5, pictures_per_clip=3)
+    stage = Pretrain(generator, clips, order, encode_prompts, "nothing", config, Clock(CPU))
+    met = set()
+    for step in range(8):
+        loss = stage.loss("generator", draw(step))
+        latents, timesteps = generator.noted
+        met.add(len(latents))
+        assert loss.num_frames == 6
+        if len(latents) == 6:
+            assert latents.shape[1] == 1
+            batch = clips.batch([order[sample] for sample in range(6 * step, 6 * step + 6)])
+            numbers = draw(step).split(3)
+            noise = numbers.of("noise").normal(*latents.shape[1:])
+            sigma = stage.schedule.sigma_at(timesteps)[..., None, None, None]
+            torch.testing.assert_close(latents, add_noise(batch.latents[:, :1], noise, sigma))
+            dropped = numbers.of("dropout").uniform(1) < 0.5
+            prompts = [
+                "nothing" if is_dropped else prompt for prompt, is_dropped in zip(batch.prompts, dropped, strict=True)
+            ]
+            torch.testing.assert_close(generator.text, encode_prompts(prompts))
+    assert met == {2, 6}
 
 
 def test_causal_init_learns_from_trajectories(tmp_path: Path) -> None:

@@ -352,6 +352,26 @@ def test_cache_forgets_the_least_recently_used() -> None:
     assert calls == ["e", "d"]
 
 
+def test_a_filled_cache_encodes_nothing_again() -> None:
+    calls: list[str] = []
+
+    def tokenize(text: str) -> list[int]:
+        calls.append(text)
+        return byte_tokens(text)
+
+    encoder = build(tokenize=tokenize)
+    cache = PromptCache(encoder, torch.device("cpu"))
+    cache.fill(["fox", "hare", "fox", "owl"], batch_size=2)
+    assert calls == ["fox", "hare", "owl"]
+    calls.clear()
+    found = cache(["owl", "fox", "owl"])
+    assert calls == []
+    torch.testing.assert_close(found, torch.cat([encoder([prompt]) for prompt in ("owl", "fox", "owl")]))
+    calls.clear()
+    assert torch.equal(cache(["lynx", "fox"])[0], encoder(["lynx"])[0])
+    assert "lynx" in calls
+
+
 def test_offloaded_weights_give_the_same_embeddings() -> None:
     encoder, device = build(), torch.device("cpu")
     expected = encoder(PROMPTS, device)

@@ -1,6 +1,7 @@
 """The order in which training meets its data: every epoch a permutation of its own, known without any state."""
 
 import hashlib
+from functools import lru_cache
 
 import torch
 
@@ -16,17 +17,16 @@ class Order:
         assert num_items > 0
         self.num_items = num_items
         self.seed = seed
-        self._epoch = 0
-        self._permutation = self._permute(0)
 
     def __getitem__(self, n: int) -> int:
         assert n >= 0
         epoch, position = divmod(n, self.num_items)
-        if epoch != self._epoch:
-            self._epoch, self._permutation = epoch, self._permute(epoch)
-        return int(self._permutation[position])
+        return _permutation(self.num_items, self.seed, epoch)[position]
 
-    def _permute(self, epoch: int) -> torch.Tensor:
-        digest = hashlib.sha256(f"order {self.seed} {epoch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        return torch.randperm(self.num_items, generator=generator)
+
+@lru_cache(maxsize=8)  # clips and pictures are in different epochs
+def _permutation(num_items: int, seed: int, epoch: int) -> list[int]:
+    digest = hashlib.sha256(f"order {seed} {epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    permutation: list[int] = torch.randperm(num_items, generator=generator).tolist()
+    return permutation

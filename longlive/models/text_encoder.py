@@ -159,9 +159,14 @@ class PromptCache:
         self.device = device
         self.max_prompts = max_prompts
         self._embeddings: OrderedDict[str, Tensor] = OrderedDict()
+        self._rows: dict[str, int] = {}
+        self._table: Tensor | None = None
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Prompt embeddings `[B, L, D]` on `device`, as `TextEncoder.forward` makes them."""
+        if self._table is not None and all(prompt in self._rows for prompt in prompts):
+            rows = torch.tensor([self._rows[prompt] for prompt in prompts])
+            return self._table[rows.to(self.device, non_blocking=True)]
         self._embeddings.update(self._encode([p for p in dict.fromkeys(prompts) if p not in self._embeddings]))
         for prompt in prompts:
             self._embeddings.move_to_end(prompt)
@@ -171,11 +176,14 @@ class PromptCache:
         return stacked
 
     def fill(self, prompts: Sequence[str], batch_size: int = 1024) -> None:
-        """Encode and keep many prompts at once, `batch_size` at a time, for models whose rounding does not matter."""
-        self.max_prompts = max(self.max_prompts, len(prompts) + 1)
-        for start in range(0, len(prompts), batch_size):
-            part = prompts[start : start + batch_size]
-            self._embeddings.update(zip(part, self.encoder(part, self.device), strict=True))
+        """Encode many prompts, `batch_size` at a time, and keep them in place of those of the last call.
+
+        For models whose rounding does not matter.
+        """
+        self._rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+        unique = list(self._rows)
+        parts = (unique[start : start + batch_size] for start in range(0, len(unique), batch_size))
+        self._table = torch.cat([self.encoder(part, self.device) for part in parts])
 
     def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
         return {prompt: self.encoder([prompt], self.device)[0] for prompt in prompts}

@@ -5,7 +5,8 @@ start of training. A resumed run therefore draws what the uninterrupted one woul
 sample each draw what one process with two samples draws; up to rounding on every kind of device.
 
 Numbers are made by counting: the n-th bits of a stream are the hash of its key plus n steps (SplitMix64, Steele, Lea
-and Flood 2014), so that all samples are drawn in one go.
+and Flood 2014). A sample's key is drawn in the same way from the key of the purpose, so that nothing is done sample by
+sample.
 """
 
 import hashlib
@@ -46,6 +47,16 @@ class Draw:
         """The same place, numbers for something else."""
         return replace(self, purpose=f"{self.purpose}/{purpose}")
 
+    def split(self, num: int) -> "Draw":
+        """The numbers of `num` samples in the place of each."""
+        return replace(
+            self.of("split"),
+            position=num * self.position,
+            num_samples=num * self.num_samples,
+            offset=num * self.offset,
+            batch_size=num * self.batch_size,
+        )
+
     @property
     def samples(self) -> range:
         """Numbers of this process's samples."""
@@ -73,9 +84,14 @@ class Draw:
 
     def _bits(self, *shape: int) -> Tensor:
         """64 random bits each, [B, *shape] int64."""
-        keys = torch.tensor([derived_seed(self.seed, self.purpose, sample) for sample in self.samples])
+        samples = torch.arange(self.samples.start, self.samples.stop, device=self.device)
+        keys = _hashed(derived_seed(self.seed, self.purpose) + samples * _GOLDEN)
         count = torch.arange(1, math.prod(shape) + 1, device=self.device)
-        bits = keys.to(self.device, non_blocking=True)[:, None] + count * _GOLDEN
-        for shift, factor in _MIXING:
-            bits = (bits ^ (bits >> shift & _MOST >> shift - 1)) * factor
-        return (bits ^ (bits >> 31 & _MOST >> 30)).view(self.batch_size, *shape)
+        return _hashed(keys[:, None] + count * _GOLDEN).view(self.batch_size, *shape)
+
+
+def _hashed(bits: Tensor) -> Tensor:
+    """64 bits of each, int64, mixed so that neighbours have nothing in common."""
+    for shift, factor in _MIXING:
+        bits = (bits ^ (bits >> shift & _MOST >> shift - 1)) * factor
+    return bits ^ (bits >> 31 & _MOST >> 30)

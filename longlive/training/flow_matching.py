@@ -6,7 +6,6 @@ level given the clean frames before it; or, with clips that hold a teacher's ODE
 end from the states at the few denoising steps (CausVid, arXiv 2412.07772). B: samples of this process.
 """
 
-import random
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,22 +13,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longlive.data.clips import LatentSource
+from longlive.data.clips import ClipBatch, LatentSource
 from longlive.data.order import Order
 from longlive.flow import FlowSchedule, add_noise, flow_to_x0
 from longlive.rollout import Sampler
 from longlive.training.clock import Clock
-from longlive.training.draw import Draw, derived_seed
+from longlive.training.draw import Draw
 from longlive.training.stage import Loss, Stage
 
 
 @dataclass(frozen=True)
 class FlowMatchingConfig:
     """shift: warp of the random timesteps; prompt_dropout: how often a clip is seen without its prompt, which guidance
-    needs."""
+    needs; picture_share: of the steps, those on pictures, the first frames of `pictures_per_clip` other clips for each:
+    more prompts are seen in a step, which is what following them is learnt from."""
 
     shift: float = 5.0
     prompt_dropout: float = 0.1
+    picture_share: float = 0.0
+    pictures_per_clip: int = 1
 
 
 class FlowMatching(Stage):
@@ -51,7 +53,7 @@ class FlowMatching(Stage):
         self.clips = clips
         self.order = order
         self.encode_prompts = encode_prompts
-        self.negative_prompt = negative_prompt
+        self.negative = encode_prompts([negative_prompt])
         self.config = config
         self.clock = clock
         self.schedule = FlowSchedule(config.shift, clock.device)
@@ -66,23 +68,26 @@ class FlowMatching(Stage):
 
     def loss(self, network: str, draw: Draw) -> Loss:
         with self.clock.part("data"):
-            batch = self.clips.batch([self.order[sample] for sample in draw.samples])
+            batch, draw = self._batch(draw)
             latents = batch.latents.to(draw.device)
+            text = self.encode_prompts(batch.prompts)
             trajectory = None
             if self.uses_trajectory and batch.trajectory is not None:
                 trajectory = batch.trajectory.to(draw.device)
-            # Where a guided trajectory ends depends on its prompt: without it there is nothing to learn there.
-            prompts = batch.prompts if trajectory is not None else self._prompts(batch.prompts, draw)
-            text = self.encode_prompts(prompts)
+            else:  # where a guided trajectory ends depends on its prompt: without it there is nothing to learn there
+                is_dropped = draw.of("dropout").uniform(1, 1) < self.config.prompt_dropout
+                text = torch.where(is_dropped, self.negative, text)
         with self.clock.part("forward"):
             loss, timesteps = self._loss(latents, trajectory, text, draw)
         return Loss(loss, {"timestep": timesteps.mean()}, latents.shape[0] * latents.shape[1])
 
-    def _prompts(self, prompts: Sequence[str], draw: Draw) -> list[str]:
-        """The clips' prompts, some of them replaced by the negative one."""
-        shares = [random.Random(derived_seed(draw.seed, "dropout", sample)).random() for sample in draw.samples]
-        drop = self.config.prompt_dropout
-        return [self.negative_prompt if share < drop else text for share, text in zip(shares, prompts, strict=True)]
+    def _batch(self, draw: Draw) -> tuple[ClipBatch, Draw]:
+        """Clips or pictures, and the random numbers for as many."""
+        if draw.of("picture").shared.random() >= self.config.picture_share:
+            return self.clips.batch([self.order[sample] for sample in draw.samples]), draw
+        draw = draw.split(self.config.pictures_per_clip)
+        batch = self.clips.batch([self.order[sample] for sample in draw.samples])
+        return ClipBatch(batch.prompts, batch.latents[:, :1], None), draw
 
     def _timesteps(self, draw: Draw, num: int) -> tuple[Tensor, Tensor]:
         """Random timesteps [B, num] and their noise levels, uniform before the warp."""

@@ -48,21 +48,21 @@ class Group:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any process."""
-        return bool(self._reduced(torch.tensor(float(flag)), dist.ReduceOp.MAX))
+        flags = torch.tensor(float(flag))  # on the CPU: the device is not waited for
+        if self.world_size > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return bool(flags)
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over all processes."""
-        return self._reduced(values, dist.ReduceOp.SUM) / self.world_size
+        sums = values.to(self.device, copy=True)
+        if self.world_size > 1:
+            dist.all_reduce(sums, dist.ReduceOp.SUM)
+        return sums / self.world_size
 
     def barrier(self) -> None:
         """Wait for all processes."""
         self.any(False)
-
-    def _reduced(self, values: Tensor, op: "dist.ReduceOp.RedOpType") -> Tensor:
-        values = values.to(self.device, copy=True)
-        if self.world_size > 1:
-            dist.all_reduce(values, op)
-        return values
 
     def by_sample(self, local: Tensor) -> DTensor:
         """The samples [B, ...] of all processes as one tensor, of which each process holds its own."""

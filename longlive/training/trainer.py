@@ -2,7 +2,8 @@
 
 Of the random numbers and the order of the data nothing is saved but how many samples have been seen: see `draw`. Every
 process takes the same steps at the same time; what one must tell the others, such as a signal to stop, is agreed upon
-once a step.
+once a step. The device is never waited for within a step: what a step tells is read while the next one runs, and always
+before anything is saved.
 """
 
 import logging
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from longlive.training.checkpoint import Checkpoints
-from longlive.training.clock import Clock
+from longlive.training.clock import Clock, Spans
 from longlive.training.draw import Draw
 from longlive.training.ema import EMA
 from longlive.training.metrics import Metrics
@@ -62,6 +63,14 @@ class EMAConfig:
 
     decay: float = 0.0
     start_step: int = 0
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Norms [N] of the gradients of the parameters `names`."""
+
+    names: tuple[str, ...]
+    values: Tensor
 
 
 class Network:
@@ -120,18 +129,15 @@ class Network:
         if later[0]:
             torch._foreach_add_(*later)
 
-    def update(self, step: int, num_steps: int) -> float:
-        """Clip the gradients, change the weights, clear the gradients; returns the gradients' norm before clipping.
+    def update(self, step: int, num_steps: int) -> Norms:
+        """Clip the gradients, change the weights, clear the gradients; returns the norms before clipping.
 
-        step: number of the step, from 0. Raises NonFiniteError, nothing changed, when the norm is no number.
+        step: number of the step, from 0. Where a norm is no number, the weights are none either from now on.
         """
         config = self.config
-        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        total = whole(nn.utils.get_total_norm(gradients))
-        norm = total.item()
-        if not math.isfinite(norm):
-            raise NonFiniteError(self._name_non_finite())
-        nn.utils.clip_grads_with_norm_(self.parameters.values(), config.max_grad_norm, total)
+        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        norms = whole(torch.stack(torch._foreach_norm(list(gradients.values()))))
+        nn.utils.clip_grads_with_norm_(self.parameters.values(), config.max_grad_norm, norms.norm())
         for group in self.optimizer.param_groups:
             group |= {"lr": config.lr_at(step, num_steps), "betas": config.betas, "weight_decay": config.weight_decay}
         self.optimizer.step()
@@ -142,7 +148,7 @@ class Network:
                 self.ema.update(self._local_parameters())
             else:
                 self.ema.reset(self._local_parameters())
-        return norm
+        return Norms(tuple(gradients), norms)
 
     @torch.no_grad()
     def _write_copies(self) -> None:
@@ -180,14 +186,6 @@ class Network:
         """What `state()` refers to has been overwritten."""
         self._write_copies()
 
-    def _name_non_finite(self) -> str:
-        bad = [
-            name
-            for name, parameter in self.parameters.items()
-            if parameter.grad is not None and not bool(torch.isfinite(local(parameter.grad)).all())
-        ]
-        return f"gradient of {', '.join(bad[:3]) or 'another process'}"
-
 
 @dataclass(frozen=True)
 class TrainerConfig:
@@ -208,6 +206,23 @@ class Progress:
 
     step: int = 0
     num_seen: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a step tells, on its way from the device.
+
+    step: its number, from 1; means: names of values to log; gradients: names of the gradients of every network updated;
+    numbers: the values, then the gradients' norms.
+    """
+
+    step: int
+    means: tuple[str, ...]
+    gradients: Mapping[str, tuple[str, ...]]
+    numbers: Tensor
+    spans: Spans
+    num_frames: int
+    num_seen: int
 
 
 @dataclass
@@ -241,18 +256,19 @@ class Trainer:
             tqdm(total=config.num_steps, initial=progress.step, unit="step", disable=not self.group.is_main) as bar,
         ):
             saved = progress.step
+            unread: list[Report] = []
             while progress.step < config.num_steps and not self.group.any(stop.number is not None):
-                values = self._step()
+                unread.append(self.step())
                 progress.step += 1
-                bar.set_postfix({name: f"{values[f'{name}/loss']:.4g}" for name in self.stage.due(progress.step - 1)})
-                bar.update()
-                if self.metrics is not None:
-                    self.metrics.log(progress.step, values)
-                if config.save_interval and progress.step % config.save_interval == 0:
+                is_saved = config.save_interval > 0 and progress.step % config.save_interval == 0
+                is_sampled = config.sample_interval > 0 and progress.step % config.sample_interval == 0
+                self._log(unread, bar, num_left=0 if is_saved or is_sampled else 1)
+                if is_saved:
                     self.save()
                     saved = progress.step
-                if self.sample is not None and config.sample_interval and progress.step % config.sample_interval == 0:
+                if is_sampled and self.sample is not None:
                     self.sample(progress.step)
+            self._log(unread, bar)
             if saved != progress.step:
                 self.save()
             self.checkpoints.wait()
@@ -288,62 +304,76 @@ class Trainer:
         for name in self.networks:
             self.stage.updated(name)
 
-    def _step(self) -> dict[str, float]:
-        """One update of every network that is due; what there is to log of it."""
-        due, progress, group = self.stage.due(self.progress.step), self.progress, self.group
+    def _log(self, unread: list[Report], bar: "tqdm[Any]", num_left: int = 0) -> None:
+        """Read the oldest reports and tell what they say; the newest `num_left` may still be on their way."""
+        while len(unread) > num_left:
+            report = unread.pop(0)
+            values = self.read(report)
+            bar.set_postfix({name: f"{values[f'{name}/loss']:.4g}" for name in report.gradients})
+            bar.update()
+            if self.metrics is not None:
+                self.metrics.log(report.step, values)
+
+    def step(self) -> Report:
+        """Queue one update of every network that is due."""
+        config, progress, group = self.config, self.progress, self.group
+        due = self.stage.due(progress.step)
         sums: dict[str, Tensor] = {}
         num_frames = 0
         with self.clock.part("step"):
-            for round_number in range(self.config.num_rounds):
+            for round_number in range(config.num_rounds):
                 draw = self._draw()
                 progress.num_seen += self.num_samples
                 for name in due:
                     module = self.networks[name].module
                     if isinstance(module, FSDPModule):
-                        module.set_requires_gradient_sync(round_number == self.config.num_rounds - 1)
+                        module.set_requires_gradient_sync(round_number == config.num_rounds - 1)
                     loss = self.stage.loss(name, draw)
                     with self.clock.part(f"{name}_backward"):
-                        (loss.value / self.config.num_rounds).backward()
+                        (loss.value / config.num_rounds).backward()
                         self.networks[name].take_gradients()
                     num_frames += loss.num_frames
                     for key, value in {"loss": loss.value.detach(), **loss.metrics}.items():
                         label = f"{name}/{key}"
                         sums[label] = sums.get(label, torch.zeros((), device=group.device)) + value.float()
-            values = self._means(sums)
-            for name in due:
-                if not math.isfinite(values[f"{name}/loss"]):
-                    raise self._broken(name, NonFiniteError("loss"))
-            for name in due:
-                values[f"{name}/grad_norm"] = self._update(name)
-        return values | self._speed(num_frames) | {"data/samples": float(progress.num_seen)}
+            means = self.group.mean(torch.stack(list(sums.values()))) / config.num_rounds
+            norms = {name: self._update(name) for name in due}
+            numbers = torch.cat([means, *(found.values for found in norms.values())]).to("cpu", non_blocking=True)
+        gradients = {name: found.names for name, found in norms.items()}
+        spans, num_seen = self.clock.take(), progress.num_seen
+        return Report(progress.step + 1, tuple(sums), gradients, numbers, spans, num_frames, num_seen)
 
-    def _update(self, name: str) -> float:
-        try:
-            with self.clock.part("optimizer"):
-                norm = self.networks[name].update(self.progress.step, self.config.num_steps)
-        except NonFiniteError as error:
-            raise self._broken(name, error) from error
+    def _update(self, name: str) -> Norms:
+        with self.clock.part("optimizer"):
+            norms = self.networks[name].update(self.progress.step, self.config.num_steps)
         self.stage.updated(name)
-        return norm
+        return norms
 
-    def _broken(self, name: str, error: NonFiniteError) -> NonFiniteError:
-        """The error with where it happened, and what is left."""
-        last = self.checkpoints.latest()
-        kept = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
-        return NonFiniteError(f"step {self.progress.step + 1}: {name}: {error} is NaN or infinite; {kept}")
-
-    def _means(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """Means over rounds and processes, in one transfer."""
-        means = self.group.mean(torch.stack(list(sums.values()))) / self.config.num_rounds
-        return dict(zip(sums, means.tolist(), strict=True))
-
-    def _speed(self, num_frames: int) -> dict[str, float]:
-        seconds = self.clock.read()
-        values = {f"time/{name}_s": spent for name, spent in seconds.items()}
-        values["throughput/latents_per_second"] = num_frames * self.group.world_size / seconds["step"]
+    def read(self, report: Report) -> dict[str, float]:
+        """What there is to log of a step. Raises NonFiniteError for a loss or gradient that is no number."""
+        seconds = report.spans.seconds()  # all that the step told has come by now
+        numbers = iter(report.numbers.tolist())
+        values = dict(zip(report.means, numbers, strict=False))
+        norms = {name: dict(zip(parameters, numbers, strict=False)) for name, parameters in report.gradients.items()}
+        for name in norms:
+            if not math.isfinite(values[f"{name}/loss"]):
+                raise self._broken(report.step, f"{name}: loss")
+        for name, found in norms.items():
+            values[f"{name}/grad_norm"] = math.hypot(*found.values())
+            bad = [parameter for parameter, norm in found.items() if not math.isfinite(norm)]
+            if bad:
+                raise self._broken(report.step, f"{name}: gradient of {', '.join(bad[:3])}")
+        values |= {f"time/{name}_s": spent for name, spent in seconds.items()}
+        values["throughput/latents_per_second"] = report.num_frames * self.group.world_size / seconds["step"]
         if self.group.device.type == "cuda":
             values["memory/peak_gb"] = torch.cuda.max_memory_allocated(self.group.device) / 1e9
-        return values
+        return values | {"data/samples": float(report.num_seen)}
+
+    def _broken(self, step: int, what: str) -> NonFiniteError:
+        """What is no number, and what is left."""
+        last = self.checkpoints.latest()
+        kept = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
+        return NonFiniteError(f"step {step}: {what} is NaN or infinite; {kept}")
 
     def _draw(self) -> Draw:
         config, group = self.config, self.group

@@ -168,10 +168,10 @@ class VAETraining(Stage):
         loss_config: VAELossConfig,
         clock: Clock,
         picture_share: float = 0.0,
-        num_pictures: int = 1,
+        pictures_per_clip: int = 1,
     ) -> None:
-        """picture_share: of the steps, those that are on the first pictures of other clips, `num_pictures` for every
-        clip of the batch: more of them fit in a step, and most of what a frame needs is learnt from them."""
+        """picture_share: of the steps, those on pictures, the first frames of `pictures_per_clip` other clips for each:
+        most of what a frame needs is learnt from them."""
         self.autoencoder = autoencoder
         self.config = config
         self.clips = clips
@@ -179,23 +179,23 @@ class VAETraining(Stage):
         self.loss_config = loss_config
         self.clock = clock
         self.picture_share = picture_share
-        self.num_pictures = num_pictures
+        self.pictures_per_clip = pictures_per_clip
 
     def due(self, step: int) -> tuple[str, ...]:
         return ("vae",)
 
-    def _pixels(self, draw: Draw) -> Tensor:
-        """Clips, or pictures."""
+    def _pixels(self, draw: Draw) -> tuple[Tensor, Draw]:
+        """Clips or pictures, and the random numbers for as many."""
         if draw.of("picture").shared.random() >= self.picture_share:
-            return self.clips.pixels([self.order[sample] for sample in draw.samples])
-        num = self.num_pictures
-        return self.clips.pixels([self.order[num * sample + i] for sample in draw.samples for i in range(num)])[:, :1]
+            return self.clips.pixels([self.order[sample] for sample in draw.samples]), draw
+        draw = draw.split(self.pictures_per_clip)
+        return self.clips.pixels([self.order[sample] for sample in draw.samples])[:, :1], draw
 
     def loss(self, network: str, draw: Draw) -> Loss:
         with self.clock.part("data"):
-            pixels = self._pixels(draw).to(draw.device)
-        num_each = len(pixels) // draw.batch_size
-        noise = draw.of("posterior").normal(num_each, *latent_shape(pixels, self.config)[1:]).flatten(0, 1)
+            pixels, draw = self._pixels(draw)
+            pixels = pixels.to(draw.device)
+        noise = draw.of("posterior").normal(*latent_shape(pixels, self.config)[1:])
         with self.clock.part("forward"):
             reconstruction, mean, log_variance = self.autoencoder(pixels, noise)
             loss, metrics = vae_loss(pixels, reconstruction, mean, log_variance, self.loss_config)

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -9,15 +10,18 @@ from torch import Tensor
 from longlive.data.clips import from_uint8
 from longlive.data.shapes.captions import prompt_of
 from longlive.data.shapes.render import render
-from longlive.data.shapes.world import Scene, sample_scene, switched
+from longlive.data.shapes.world import TWO_BODIES_SHARE, Scene, sample_scene, switched
 
+TRAINED_TWO_BODIES_SHARE = 0.5  # of the scenes to train on: more than in the world, as they are harder to learn
 TRAIN, HELD_OUT = "train", "held out"  # splits: the same seed and number give other scenes in each
 
 
+@lru_cache(maxsize=2**16)
 def scene_number(number: int, seed: int, split: str) -> Scene:
     """Scene `number` of the endless stream that belongs to a seed and a split."""
     assert split in (TRAIN, HELD_OUT), split
-    return sample_scene(random.Random(f"{split} {seed} {number}"))
+    rng = random.Random(f"{split} {seed} {number}")
+    return sample_scene(rng, TWO_BODIES_SHARE if split == HELD_OUT else TRAINED_TWO_BODIES_SHARE)
 
 
 class ShapesClips:

@@ -164,14 +164,14 @@ class Scene:
         return Caption(self.background, tuple(body.look for body in self.bodies))
 
 
-def sample_scene(rng: random.Random) -> Scene:
+def sample_scene(rng: random.Random, two_bodies_share: float = TWO_BODIES_SHARE) -> Scene:
     """A scene of the world."""
-    return scene_of(sample_caption(rng), rng)
+    return scene_of(sample_caption(rng, two_bodies_share), rng)
 
 
-def sample_caption(rng: random.Random) -> Caption:
-    """A caption of the world: one body, or with a chance of TWO_BODIES_SHARE two."""
-    if rng.random() >= TWO_BODIES_SHARE:
+def sample_caption(rng: random.Random, two_bodies_share: float = TWO_BODIES_SHARE) -> Caption:
+    """A caption of the world: one body, or with a chance of `two_bodies_share` two."""
+    if rng.random() >= two_bodies_share:
         num_bodies, layout = 1, "whole"
     else:
         num_bodies, layout = 2, rng.choice(("rows", "columns"))
