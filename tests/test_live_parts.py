@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -203,6 +204,21 @@ def test_no_more_than_two_blocks_are_under_way(picture: Picture | None, fps: int
         assert session.branch.num_frames == num_first + 15  # it has never waited
     elif fps == 1:
         assert session.branch.num_frames < num_first + 15
+
+
+def test_session_is_not_idle_while_a_block_is_made() -> None:
+    """However long it takes: its viewer waits for it."""
+    desk = Desk(fps=1)
+    session = LiveSession(desk, "mp4", 0, "A", None)
+    session.attach(Viewer())
+    later = time.monotonic() + 1000
+    assert session.idle_s(later) == 0
+    session.take(Rebuilt(session.key, 1, b""))
+    assert session.idle_s(later) == 0
+    while desk.granted[-1] > session.branch.num_frames:
+        assert session.idle_s(later) == 0
+        session.take(Made(session.key, 1, "A", (Latents(b"", (1, 3, 1, 1, 1), "float32"),), b"", b"", ()))
+    assert session.idle_s(later) > 900
 
 
 def picture_file(format: str, size: tuple[int, int] = (90, 40), **options: Any) -> bytes:

@@ -129,7 +129,8 @@ class LiveSession:
 
     def idle_s(self, now: float) -> float:
         """How long it has had a place without any use: nobody watches, a pause, a viewer that stands still."""
-        is_busy = self.place != "active" or self._is_rebuilding or self._hall.engine_state != "ready"
+        is_making = self._is_rebuilding or (self._is_started and self._granted_frames > self.branch.num_frames)
+        is_busy = self.place != "active" or is_making or self._hall.engine_state != "ready"
         return 0.0 if is_busy else now - self.last_active
 
     def park(self) -> None:
