@@ -4,6 +4,9 @@ python scripts/benchmark_live.py --seconds 600 [key=value ...]     settings are 
 
 The viewer plays at the content's frame rate what it has received and types a prompt now and then. Meanwhile others come
 and go (--connects of them, one after the other), and one opens a session and never reads. Prints one JSON line. Linux.
+
+memory_mb: after a tenth of the time, and at the end. kept: latents and video of all sessions, which the server keeps so
+that their viewers may go back; what it takes besides must not grow.
 """
 
 import argparse
@@ -124,7 +127,9 @@ def main() -> None:
 
         def watch() -> None:
             while not stop.wait(5):
-                memory.append({name: rss_mb(pid) for name, pid in processes(server.pid).items()})
+                kept = json.loads(LiveClient(url).get("/api/health"))["kept_bytes"] / 1e6
+                rss = {name: rss_mb(pid) for name, pid in processes(server.pid).items()}
+                memory.append({**rss, "kept": kept, "server_but_kept": rss["server"] - kept})
 
         around.start()
         threading.Thread(target=watch, daemon=True).start()
@@ -142,7 +147,7 @@ def main() -> None:
             "median": round(statistics.median(viewer.latencies_s), 2),
             "max": round(max(viewer.latencies_s), 2),
         },
-        "rss_mb": {name: [round(early[name], 1), round(late[name], 1)] for name in early},
+        "memory_mb": {name: [round(early[name], 1), round(late[name], 1)] for name in early},
         "connects": args.connects,
     }
     sys.stdout.write(json.dumps(result) + "\n")

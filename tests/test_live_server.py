@@ -1,6 +1,7 @@
 """The live server as viewers meet it: a real server on a free port, the built-in model in a real engine process."""
 
 import contextlib
+import gc
 import http.client
 import io
 import json
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -313,17 +315,24 @@ def test_queue(server: Server) -> None:
 
 
 def test_connections_come_and_go(server: Server) -> None:
-    keys = set()
+    """What is forgotten is freed, and no more is kept than what may be come back to."""
+    sessions = {}
     for number in range(10):
         with server.client() as client:
             client.open(prompt=RED, seed=number)
             list(client.blocks(number % 2))
-            keys.add(client.session)
-    assert len(keys) == 10
+            assert client.session is not None
+            sessions[client.session] = weakref.ref(server.hall.find(client.session))
+    assert len(sessions) == 10
     server.wait_health(sessions=3)  # max_kept; the others were forgotten
-    for key in keys:
+    assert server.health()["kept_bytes"] > 0
+    for key in sessions:
         end(server, key)
-    server.wait_health(sessions=0, active=0)
+    server.wait_health(sessions=0, active=0, kept_bytes=0)
+    deadline = time.monotonic() + 20
+    while any(session() for session in sessions.values()):
+        assert time.monotonic() < deadline
+        gc.collect()
 
 
 def test_other_sites_are_kept_out(server: Server) -> None:

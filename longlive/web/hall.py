@@ -61,6 +61,7 @@ class Hall:
         """For `/api/health`."""
         active = sum(session.place == "active" for session in self._sessions.values())
         counts = {"sessions": len(self._sessions), "active": active, "queued": len(self._queue)}
+        counts["kept_bytes"] = sum(session.num_bytes for session in self._sessions.values())
         return {"status": "ok", "engine": self.engine_state, **counts}
 
     # For viewers
@@ -188,14 +189,17 @@ class Hall:
                 session.announce()
 
     async def _tidy(self) -> None:
-        """Park who is idle, forget whom nobody comes back to."""
         period_s = min(_TIDY_S, self.config.idle_s / 4, self.config.forget_s / 4)
         while True:
             await asyncio.sleep(period_s)
-            now = time.monotonic()
-            for session in list(self._sessions.values()):
-                if session.viewer is None and now - session.last_seen > self.config.forget_s:
-                    self.end(session, CLOSE_FORGOTTEN)
-                elif session.idle_s(now) > self.config.idle_s:
-                    session.park()
-            self._advance()
+            self._tidy_once(time.monotonic())
+
+    def _tidy_once(self, now: float) -> None:
+        """Park who is idle, forget whom nobody comes back to, and pictures that nobody used."""
+        for session in list(self._sessions.values()):
+            if session.viewer is None and now - session.last_seen > self.config.forget_s:
+                self.end(session, CLOSE_FORGOTTEN)
+            elif session.idle_s(now) > self.config.idle_s:
+                session.park()
+        self.uploads.forget_old()
+        self._advance()

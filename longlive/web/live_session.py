@@ -54,7 +54,7 @@ class LiveSession:
         self._branches = {0: Branch(0, None, 0, seed, prompt, picture)}
         self._selected = 0
         self._num_branches = 1  # ever made
-        self._num_bytes = 0  # of all blocks
+        self.num_bytes = 0  # of all blocks
         self._epoch = 0
         self._is_paused = self._is_started = self._is_rebuilding = self._is_ended = False
         self._granted_frames = self._played = 0
@@ -207,7 +207,7 @@ class LiveSession:
         block = self._block(message)
         is_switch = not branch.blocks or branch.blocks[-1].prompt != block.prompt
         branch.blocks.append(block)
-        self._num_bytes += block.num_bytes
+        self.num_bytes += block.num_bytes
         if is_switch:
             self._tell_switch(block, now)
         self._tell_block(block, seconds)
@@ -273,7 +273,7 @@ class LiveSession:
     def _is_full(self) -> bool:
         config, branch = self._hall.config, self.branch
         is_long = branch.num_video_frames >= config.max_video_s * self._hall.info.fps
-        return is_long or self._num_bytes >= config.max_session_mb * 1e6
+        return is_long or self.num_bytes >= config.max_session_mb * 1e6
 
     # What the viewer says
 
@@ -357,7 +357,7 @@ class LiveSession:
             raise ProtocolError("bad_value", f"branch {branch.number}: select another one first")
         del self._branches[branch.number]
         blocks = {id(block): block for branch in self._branches.values() for block in branch.blocks}
-        self._num_bytes = sum(block.num_bytes for block in blocks.values())
+        self.num_bytes = sum(block.num_bytes for block in blocks.values())
         self._send_branches()
 
     def _send_branches(self) -> None:

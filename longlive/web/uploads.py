@@ -56,17 +56,18 @@ class Uploads:
     def add(self, picture: Picture) -> str:
         key = secrets.token_urlsafe(18)
         self._pictures[key] = time.monotonic(), picture
-        self._clean()
+        self.forget_old()
         return key
 
     def get(self, key: str) -> Picture:
         """Raises ProtocolError."""
-        self._clean()
+        self.forget_old()
         if key not in self._pictures:
             raise ProtocolError("no_upload", "this upload is not there, or not any more: send it again")
         return self._pictures[key][1]
 
-    def _clean(self) -> None:
+    def forget_old(self) -> None:
+        """Free what is older than `keep_s`, or more than is kept."""
         oldest_time = time.monotonic() - self._keep_s
         while self._pictures:
             added, _ = next(iter(self._pictures.values()))
