@@ -319,6 +319,7 @@ REMOTE = replace(LOCAL, host="0.0.0.0", token="s3cret ü")
         (LOCAL, "/api/info", {"Host": "localhost", "Origin": "http://evil.example"}, 403),
         (LOCAL, "/api/info", {"Host": "localhost:8000", "Origin": "http://localhost:9000"}, 403),
         (LOCAL, "/api/info", {"Host": "localhost:8000", "Origin": "null"}, 403),
+        (LOCAL, "/api/info", {"Host": "localhost:8000", "Origin": "http://[::1"}, 403),
         (replace(REMOTE, allowed_hosts=("live.example",)), "/", {"Host": "live.example:443"}, "passed"),
         (replace(REMOTE, allowed_hosts=("live.example",)), "/", {"Host": "other.example"}, 403),
         (REMOTE, "/", {"Host": "anything"}, "passed"),

@@ -5,6 +5,7 @@ import gc
 import http.client
 import io
 import json
+import logging
 import os
 import random
 import signal
@@ -15,7 +16,7 @@ import threading
 import time
 import weakref
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ SETTINGS: dict[str, Any] = {  # small and quick
     "max_upload_px": 100_000,
     "max_video_s": 9.0,
 }
+REPLIES = {"hello", "session", "state", "branches", "stream", "block", "switch", "notice", "ok", "pong", "error"}
+PROTOCOL = (ROOT / "docs" / "PROTOCOL.md").read_text(encoding="utf-8")
 RED, BLUE, GREEN = (f"a big {colour} star spins on a black background" for colour in ("red", "blue", "green"))
 
 
@@ -335,10 +338,30 @@ def test_connections_come_and_go(server: Server) -> None:
         gc.collect()
 
 
-def test_other_sites_are_kept_out(server: Server) -> None:
-    for origin in ("http://evil.example", "null", server.url.replace("http://127.0.0.1", "http://localhost")):
-        with pytest.raises(InvalidStatus, match="403"), server.client(origin=origin):
-            pass
+@pytest.mark.parametrize(
+    "origin",
+    [
+        *("http://evil.example", "http://localhost:{port}", "http://127.0.0.1", "null", "", "file://", "http://[::1"),
+        *("http://127.0.0.1:{port}.evil.example", "http://127.0.0.1:{port}@evil.example"),
+        *("http://evil.example/127.0.0.1:{port}", "http://evil.example#127.0.0.1:{port}", "127.0.0.1:{port}"),
+    ],
+)
+def test_other_sites_are_kept_out(server: Server, client: LiveClient, origin: str) -> None:
+    """Neither a new session nor, knowing its key, one that is there."""
+    client.open(prompt=RED)
+    list(client.blocks(1))
+    origin = origin.format(port=server.address.rpartition(":")[2])
+    with pytest.raises(InvalidStatus, match="403"), server.client(origin=origin):
+        pass
+    for method, path in (
+        *(("GET", f"/api/session/{client.session}/{what}?branch=0") for what in ("download", "thumbnail")),
+        *(("GET", "/"), ("GET", "/api/info"), ("GET", "/api/health"), ("POST", "/api/upload")),
+    ):
+        status, body = raw_request(server, method, path, picture() if method == "POST" else None, Origin=origin)
+        assert (status, json.loads(body)["code"]) == (403, "forbidden")
+
+
+def test_its_own_page_may_come_in(server: Server) -> None:
     with server.client(origin=server.url) as client:
         assert client.hello["type"] == "hello"
 
@@ -440,12 +463,23 @@ def fuzz(rng: random.Random) -> str | bytes:
     return text
 
 
+def check_reply(reply: Mapping[str, Any]) -> None:
+    """It is one of the protocol's messages, and an error is one of its errors, in one line."""
+    assert reply["type"] in REPLIES
+    if reply["type"] == "error":
+        assert f"`{reply['code']}`" in PROTOCOL
+        assert reply["code"] != "internal"
+        assert reply["message"]
+        assert "\n" not in reply["message"]
+
+
 @pytest.mark.parametrize("number", [200, pytest.param(2000, marks=pytest.mark.slow)])
-def test_fuzzer(server: Server, number: int) -> None:
-    """Every reply is one of the protocol's messages, and afterwards the server serves as before."""
+def test_fuzzer(server: Server, number: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever comes: every reply is one of the protocol's, nothing fails, and the server goes on to serve."""
     rng = random.Random(number)
-    kinds = {"hello", "session", "state", "branches", "stream", "block", "switch", "notice", "ok", "pong", "error"}
-    sent = 0
+    server.wait_health(engine="ready")
+    engine = server.hall.engine_pid
+    sent = num_replies = 0
     while sent < number:
         with contextlib.suppress(ConnectionClosed), server.client() as client:
             while sent < number:
@@ -453,18 +487,22 @@ def test_fuzzer(server: Server, number: int) -> None:
                 client.send_raw(fuzz(rng))
                 if sent % 10 == 0:
                     client.send("ping", id=sent)
-                    answer: Any = {}
-                    while answer.get("id") != sent:
-                        answer = client.receive()
-                        answer = {} if isinstance(answer, Media) else answer
-                        assert not answer or answer["type"] in kinds
-                        assert answer.get("type") != "error" or {"code", "message"} <= answer.keys()
-                        assert answer.get("code") != "internal"
-    assert server.health()["engine"] == "ready"
+                    reply: Mapping[str, Any] | Media = {}
+                    while isinstance(reply, Media) or reply.get("id") != sent:
+                        reply = client.receive()
+                        if not isinstance(reply, Media):
+                            check_reply(reply)
+                            num_replies += 1
+        assert client.close_code != 1011, "the server has failed"
+    assert num_replies > number / 4
     with server.client() as client:
         client.open(prompt=RED)
         list(client.blocks(1))
         client.request("end")
+    assert server.health()["engine"] == "ready"
+    assert server.hall.engine_pid == engine
+    errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert [record.getMessage() for record in errors if record.name != "websockets.client"] == []
 
 
 def run_command(*arguments: str, stdin: int = subprocess.PIPE) -> "subprocess.Popen[str]":

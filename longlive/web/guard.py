@@ -56,7 +56,7 @@ class Guard:
         host, origin = headers.get("host", "").lower(), headers.get("origin")
         if not self._knows(host):
             return 403, ProtocolError("forbidden", "this server is not reached under that name (see allowed_hosts)")
-        if origin is not None and urlsplit(origin.lower()).netloc != host:
+        if origin is not None and _netloc(origin.lower()) != host:
             return 403, ProtocolError("forbidden", "pages of other sites may not use this server")
         path = scope["path"]
         if path.startswith("/api/") and path != "/api/health" and not self._is_authorized(scope, headers):
@@ -76,3 +76,11 @@ class Guard:
         in_query = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[-1]
         given = headers.get("authorization", "").removeprefix("Bearer ") or in_query
         return secrets.compare_digest(given.encode(), self._config.token.encode())
+
+
+def _netloc(origin: str) -> str | None:
+    """Host and port of an origin; None where it is malformed."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
