@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import math
 import time
 import zlib
 from dataclasses import replace
@@ -155,10 +156,10 @@ def test_branches_share_their_past() -> None:
 class Desk:
     """All that a session has around it: an engine of which nothing is seen but what it is sent."""
 
-    config = ServeConfig()
     engine_state = "ready"
 
-    def __init__(self, fps: int) -> None:
+    def __init__(self, fps: int, **changes: Any) -> None:
+        self.config = ServeConfig(**changes)
         self.info = Ready("tiny", 32, 32, fps, 3, 4, "video/mp4", {})
         self.granted: list[int] = []
 
@@ -219,6 +220,27 @@ def test_session_is_not_idle_while_a_block_is_made() -> None:
         assert session.idle_s(later) == 0
         session.take(Made(session.key, 1, "A", (Latents(b"", (1, 3, 1, 1, 1), "float32"),), b"", b"", ()))
     assert session.idle_s(later) > 900
+
+
+def test_session_that_holds_too_much_is_full() -> None:
+    """Nothing more is made until something else is begun; what was told of it is heard all the same."""
+    desk = Desk(16, max_session_mb=1)
+    session = LiveSession(desk, "mp4", 0, "A", None)
+    session.attach(Viewer())
+    session.take(Rebuilt(session.key, 1, b""))
+    chunk = Latents(b"", (1, 3, 1, 1, 1), "float32")
+    session.take(Made(session.key, 1, "A", (chunk,), bytes(500_000), b"", ()))
+    assert session.state == "playing"
+    session.take(Made(session.key, 1, "A", (chunk,), bytes(500_000), b"", ()))
+    assert session.state == "full"
+    granted = list(desk.granted)
+    session.obey(Message("prompt", {"text": "B"}, None))
+    session.obey(Message("played", {"epoch": 1, "video_frame": 21}, None))
+    assert (session.state, desk.granted) == ("full", granted)
+    session.obey(Message("restart", {"seed": 1}, None))
+    assert session.state == "full"  # the other branch is kept
+    session.obey(Message("delete", {"branch": 0}, None))
+    assert session.state != "full"
 
 
 def picture_file(format: str, size: tuple[int, int] = (90, 40), **options: Any) -> bytes:
@@ -349,3 +371,14 @@ def test_others_need_a_token(host: str) -> None:
     assert replace(LOCAL, host=host, token="x").token == "x"
     for loopback in ("127.0.0.1", "127.1.2.3", "::1", "[::1]", "localhost"):
         assert replace(LOCAL, host=loopback).token is None
+
+
+@pytest.mark.parametrize("name", ["idle_s", "forget_s"])
+def test_times_have_bounds(name: str) -> None:
+    for value in (0.0, -1.0, 1e-9, math.inf, math.nan):
+        with pytest.raises(InputError) as refused:
+            ServeConfig(**{name: value})
+        assert str(refused.value).startswith(f"{name}")
+        assert "between 0.1 and" in str(refused.value)
+        assert "\n" not in str(refused.value)
+    assert getattr(ServeConfig(**{name: 0.1}), name) == 0.1

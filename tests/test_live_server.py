@@ -46,8 +46,8 @@ SETTINGS: dict[str, Any] = {  # small and quick
     "width": 32,
     "denoising_step_list": (1000, 500),
     "max_sessions": 1,
-    "max_queue": 1,
-    "max_kept": 3,
+    "max_queue": 2,
+    "max_kept": 4,
     "idle_s": 1.0,
     "max_branches": 3,
     "max_messages_per_s": 10_000.0,
@@ -291,30 +291,103 @@ def test_viewer_that_stands_still_is_not_flooded(server: Server) -> None:
 
 
 def test_queue(server: Server) -> None:
-    with server.client() as first, server.client() as second, server.client() as third:
+    """Who waits is told how many go first, and again whenever somebody has gone; who finds no place is told so."""
+    with server.client() as first, server.client() as second, server.client() as third, server.client() as fourth:
         first.open(prompt=RED)
         second.open(prompt=RED)
-        assert (second.state, second.position) == ("queued", 1)
-        with pytest.raises(LiveError, match="busy"):
-            third.open(prompt=RED)
-        with pytest.raises(ConnectionClosed):
-            third.receive()
-        assert third.close_code == 1013
-        first.request("end")
-        list(second.blocks(1))
-        second.request("pause")  # and is still there when the next one comes
-        with server.client() as fourth:
+        third.open(prompt=RED)
+        assert [(viewer.state, viewer.position) for viewer in (second, third)] == [("queued", 1), ("queued", 2)]
+        assert server.health().items() >= {"sessions": 3, "active": 1, "queued": 2}.items()
+        with pytest.raises(LiveError, match="busy: all places are taken, and so are those in the queue"):
             fourth.open(prompt=RED)
-            fourth.wait_state("queued")
-            second.__exit__(None, None, None)  # nobody watches: its place is free
-            list(fourth.blocks(1))
-            fourth.request("end")
-        with server.client() as back:
-            back.open(session=second.session)
-            list(back.blocks(0))
-            back.wait_state("paused")
-            back.request("end")
+        with pytest.raises(ConnectionClosed):
+            fourth.receive()
+        assert fourth.close_code == 1013
+        assert server.health()["sessions"] == 3  # nothing of it is left
+        first.request("end")
+        assert third.wait("state")["position"] == 1
+        list(second.blocks(1))
+        second.request("end")
+        list(third.blocks(1))
+        third.request("end")
     server.wait_health(sessions=0, active=0, queued=0)
+
+
+def test_place_of_a_session_that_nobody_watches_is_free(server: Server) -> None:
+    with server.client() as second, server.client() as third:
+        second.open(prompt=RED)
+        second.request("pause")  # and is still there when the next one comes
+        third.open(prompt=RED)
+        third.wait_state("queued")
+        second.__exit__(None, None, None)
+        list(third.blocks(1))
+        third.request("end")
+    with server.client() as back:
+        back.open(session=second.session)
+        back.wait_state("paused")
+        back.request("end")
+    server.wait_health(sessions=0, active=0, queued=0)
+
+
+def test_parked_session_that_finds_no_place_is_told_so(server: Server) -> None:
+    with server.client() as parked:
+        parked.open(prompt=RED)
+        parked.request("pause")
+        parked.wait_state("parked")
+        with server.client() as active, server.client() as first, server.client() as second:
+            for viewer in (active, first, second):
+                viewer.open(prompt=RED)
+            with pytest.raises(LiveError, match="busy"):
+                parked.request("resume")
+            assert parked.state == "parked"
+            first.request("end")
+            parked.request("resume")
+            parked.wait_state("queued")
+            assert parked.position == 2
+            active.request("end")
+            second.request("end")
+            list(parked.blocks(1))
+        parked.request("end")
+    server.wait_health(sessions=0, active=0, queued=0)
+
+
+def pictures(client: LiveClient, end: int) -> dict[int, bytes]:
+    """What comes, by video frame, until `end`."""
+    found: dict[int, bytes] = {}
+    while end - 1 not in found:
+        part = client.receive()
+        if isinstance(part, Media):
+            found[part.video_frame] = part.data
+    return found
+
+
+def test_parked_session_comes_back_with_the_same_pictures(server: Server) -> None:
+    with server.client(plays=False) as client:
+        client.open(prompt=RED, seed=9, format="webp")
+        client.wait_state("parked")  # nothing is played
+        client.request("resume")
+        begin = client.wait("stream")["video_frame"]
+        client.plays = True
+        found = pictures(client, begin + 36)
+        assert min(found) == begin
+        client.request("end")
+    with server.client() as unbroken:
+        unbroken.open(prompt=RED, seed=9, format="webp")
+        expected = pictures(unbroken, begin + 36)
+        unbroken.request("end")
+    assert found == {number: expected[number] for number in found}
+
+
+def test_session_that_nobody_comes_back_to_is_forgotten() -> None:
+    server = Server(forget_s=0.1)
+    with server.client() as client:
+        client.open(prompt=RED)
+        list(client.blocks(1))
+        assert server.health()["kept_bytes"] > 0
+    server.wait_health(sessions=0, kept_bytes=0)
+    with server.client() as back, pytest.raises(LiveError, match="no_session"):
+        back.open(session=client.session)
+    server.stop()
 
 
 def test_connections_come_and_go(server: Server) -> None:
@@ -327,7 +400,7 @@ def test_connections_come_and_go(server: Server) -> None:
             assert client.session is not None
             sessions[client.session] = weakref.ref(server.hall.find(client.session))
     assert len(sessions) == 10
-    server.wait_health(sessions=3)  # max_kept; the others were forgotten
+    server.wait_health(sessions=4)  # max_kept; the others were forgotten
     assert server.health()["kept_bytes"] > 0
     for key in sessions:
         end(server, key)
@@ -536,6 +609,8 @@ def test_command_tells_mistakes_in_one_line(server: Server) -> None:
         ([f"port={port}"], f"port={port}: cannot listen there"),
         (["host=0.0.0.0", "port=0"], "viewers need token=SECRET"),
         (["prompt=a cat"], "prompt means nothing to serve"),
+        (["idle_s=0"], "idle_s=0.0: must be between 0.1 and"),
+        (["forget_s=-1"], "forget_s=-1.0: must be between 0.1 and"),
         (["port=0", "model_name=tiny", "generator_ckpt=nothing.pt"], "nothing.pt"),
     ):
         process = run_command("serve", *arguments)

@@ -14,6 +14,8 @@ UNUSED = frozenset(
 )
 """Keys of inference that mean nothing here. Its configuration files may hold them."""
 
+_PERIOD = between(0.1, 31_536_000)  # sessions are looked after several times in each
+
 
 @dataclass(frozen=True)
 class ServeConfig(InferenceConfig):
@@ -28,8 +30,8 @@ class ServeConfig(InferenceConfig):
     max_sessions: int = setting(2, "sessions that make video at the same time; more wait in a queue", at_least(1))
     max_queue: int = setting(8, "sessions that wait; more are refused", at_least(0))
     max_kept: int = setting(16, "sessions in all, those included that nobody watches", at_least(1))
-    idle_s: float = setting(60.0, "seconds after which an idle session gives up its caches and its place", POSITIVE)
-    forget_s: float = setting(600.0, "seconds after which a session that nobody watches is forgotten", POSITIVE)
+    idle_s: float = setting(60.0, "seconds after which an idle session gives up its caches and its place", _PERIOD)
+    forget_s: float = setting(600.0, "seconds after which a session that nobody watches is forgotten", _PERIOD)
     max_message_bytes: int = setting(65536, "size of a message", at_least(1024))
     max_messages_per_s: float = setting(50.0, "messages read from a viewer, in bursts of twice as many", POSITIVE)
     max_prompt_chars: int = setting(2000, "length of a prompt", at_least(1))
