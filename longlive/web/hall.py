@@ -195,7 +195,7 @@ class Hall:
             self._tidy_once(time.monotonic())
 
     def _tidy_once(self, now: float) -> None:
-        """Park who is idle, forget whom nobody comes back to, and pictures that nobody used."""
+        """Park who is idle, forget whom nobody comes back to, and old uploads."""
         for session in list(self._sessions.values()):
             if session.viewer is None and now - session.last_seen > self.config.forget_s:
                 self.end(session, CLOSE_FORGOTTEN)
