@@ -4,9 +4,8 @@ python scripts/benchmark_live.py --seconds 600 [key=value ...]
 
 A viewer of the protocol for some minutes: frame rate, stalls, time from prompt to picture, memory. It plays at the
 content's frame rate what it has received and types a prompt now and then. Meanwhile others come and go (--connects of
-them, one after the other), and one opens a session and never reads. memory_mb: after a tenth of the time, and at the
-end. kept: latents and video of all sessions, which the server keeps so that their viewers may go back; what it takes
-besides must not grow.
+them, one after the other), and one opens a session and never reads. memory_mb: of the processes, after a tenth of the
+time and at the end; on_disk_mb: what all sessions have made, which the server keeps there, at the same times.
 
 python scripts/benchmark_live.py --browser [key=value ...]
 
@@ -151,20 +150,19 @@ def serving(settings: Sequence[str]) -> Iterator[tuple[int, str]]:
 
 def soak(server: int, url: str, seconds: float, switch_s: float, connects: int) -> dict[str, Any]:
     """One viewer who stays, and others."""
-    viewer, stop, memory = Viewer(url), threading.Event(), list[dict[str, float]]()
+    viewer, stop, memory, kept = Viewer(url), threading.Event(), list[dict[str, float]](), list[float]()
     around = (url, connects, seconds * 0.8 / max(connects, 1), stop)
 
     def watch() -> None:
         while not stop.wait(5):
-            kept = json.loads(LiveClient(url).get("/api/health"))["kept_bytes"] / 1e6
-            rss = {name: rss_mb(pid) for name, pid in processes(server).items()}
-            memory.append({**rss, "kept": kept, "server_but_kept": rss["server"] - kept})
+            kept.append(json.loads(LiveClient(url).get("/api/health"))["kept_bytes"] / 1e6)
+            memory.append({name: rss_mb(pid) for name, pid in processes(server).items()})
 
     threading.Thread(target=others, args=around, daemon=True).start()
     threading.Thread(target=watch, daemon=True).start()
     viewer.run(seconds, switch_s)
     stop.set()
-    early, late = memory[len(memory) // 10], memory[-1]
+    early, late = len(kept) // 10, len(kept) - 1
     return {
         "seconds": seconds,
         "played_video_frames": int(viewer.played),
@@ -172,7 +170,8 @@ def soak(server: int, url: str, seconds: float, switch_s: float, connects: int) 
         "stalled_s": round(viewer.stalled_s, 2),
         "prompts": len(viewer.latencies_s),
         "prompt_to_picture_s": summary(viewer.latencies_s),
-        "memory_mb": {name: [round(early[name], 1), round(late[name], 1)] for name in early},
+        "memory_mb": {name: [round(memory[i][name], 1) for i in (early, late)] for name in memory[early]},
+        "on_disk_mb": [round(kept[i], 1) for i in (early, late)],
         "connects": connects,
     }
 

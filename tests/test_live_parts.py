@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import math
+import random
 import time
 import zlib
 from dataclasses import replace
@@ -23,6 +24,7 @@ from longlive.web.live_session import LiveSession
 from longlive.web.messages import Grant, Latents, Made, Picture, Ready, Rebuilt, ToEngine
 from longlive.web.protocol import Message, ProtocolError, Throttle, parse
 from longlive.web.serve_config import ServeConfig
+from longlive.web.spool import Spool
 from longlive.web.stream import Mp4Stream, one_file
 from longlive.web.uploads import Uploads, decode
 from longlive.web.viewer import CLOSE_SLOW, Viewer
@@ -125,10 +127,30 @@ def test_viewer_that_does_not_read_is_given_up() -> None:
     asyncio.run(scenario())
 
 
+SPOOL = Spool()
+
+
 def block(number: int, prompt: str) -> Block:
     chunk = Latents(bytes(8), (1, 3, 1, 1, 1), "float32")
     first = 12 * number - 3 if number else 0
-    return Block(3 * number, 3, first, 12 if number else 9, prompt, (chunk,), bytes(number), b"")
+    content = SPOOL.keep([chunk.data, bytes(number), b""])
+    return Block(3 * number, 3, first, 12 if number else 9, prompt, (chunk.shape,), chunk.dtype, content)
+
+
+def test_a_spool_gives_back_what_it_was_given_and_fills_its_holes() -> None:
+    spool, rng = Spool(), random.Random(0)
+    given = {number: [rng.randbytes(rng.randrange(300)) for _ in range(3)] for number in range(60)}
+    kept = {number: spool.keep(parts) for number, parts in given.items()}
+    most = sum(found.num_bytes for found in kept.values())
+    for number in range(60, 600):
+        del kept[rng.choice(list(kept))]
+        given[number] = [rng.randbytes(rng.randrange(300)) for _ in range(3)]
+        kept[number] = spool.keep(given[number])
+    for number, found in kept.items():
+        assert [found.part(0), found.part(1), found.part(-1)] == given[number]
+        assert found.num_bytes == sum(map(len, given[number]))
+    assert spool.read(0, 10**7) != b""
+    assert len(spool.read(0, 10**7)) < 2 * most, "what is forgotten makes no room"
 
 
 def test_branches_share_their_past() -> None:

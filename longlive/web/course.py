@@ -1,4 +1,4 @@
-"""What a session has made: branches of blocks, which share their past. Pure values, no torch.
+"""What a session has made: branches of blocks, which share their past. No torch.
 
 Frames are latent frames, counted from the beginning of a branch; video frames are counted likewise.
 """
@@ -14,25 +14,36 @@ from PIL import Image
 
 from longlive.config import to_yaml
 from longlive.web.messages import Latents, Picture
+from longlive.web.spool import Kept
 from longlive.web.stream import one_file
 
 
 @dataclass(frozen=True)
 class Block:
-    """One block of a branch. chunks: its latents, two where a picture came first."""
+    """One block of a branch. shapes: of its chunks of latents, two where a picture came first; content: their bytes,
+    then fragment and thumbnail."""
 
     frame: int
     num_frames: int
     video_frame: int
     num_video_frames: int
     prompt: str
-    chunks: tuple[Latents, ...]
-    fragment: bytes
-    thumbnail: bytes
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: str
+    content: Kept
 
     @property
     def num_bytes(self) -> int:
-        return sum(len(chunk.data) for chunk in self.chunks) + len(self.fragment) + len(self.thumbnail)
+        return self.content.num_bytes
+
+    def chunks(self) -> tuple[Latents, ...]:
+        return tuple(Latents(self.content.part(i), shape, self.dtype) for i, shape in enumerate(self.shapes))
+
+    def fragment(self) -> bytes:
+        return self.content.part(-2)
+
+    def thumbnail(self) -> bytes:
+        return self.content.part(-1)
 
 
 @dataclass
@@ -58,7 +69,7 @@ class Branch:
 
     def past(self) -> tuple[tuple[str, Latents], ...]:
         """Every chunk with its prompt."""
-        return tuple((block.prompt, chunk) for block in self.blocks for chunk in block.chunks)
+        return tuple((block.prompt, chunk) for block in self.blocks for chunk in block.chunks())
 
     def fork(self, number: int, frame: int, prompt: str | None) -> "Branch":
         """A new branch with the blocks that end at or before `frame`; without a prompt, that of the last of them."""
@@ -113,7 +124,7 @@ class Branch:
 
     def video(self) -> bytes:
         """The mp4 of what is made so far. Takes a while: for another thread, on a `copy`."""
-        return one_file(self.init, (block.fragment for block in self.blocks))
+        return one_file(self.init, (block.fragment() for block in self.blocks))
 
     def archive(self, settings: Mapping[str, Any]) -> bytes:
         """A zip of the video and of all that makes it again. For another thread, as `video`."""

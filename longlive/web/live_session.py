@@ -11,6 +11,7 @@ from longlive.web.course import Block, Branch
 from longlive.web.messages import Broken, Drop, Grant, Made, Notice, Picture, Ready, Rebuilt, SetPrompt, Start, ToEngine
 from longlive.web.protocol import FRAGMENT, INIT, PICTURE, Message, ProtocolError, media
 from longlive.web.serve_config import ServeConfig
+from longlive.web.spool import Spool
 from longlive.web.viewer import CLOSE_ENDED, Viewer
 
 Place = Literal["none", "queued", "active"]
@@ -54,6 +55,7 @@ class LiveSession:
         self._branches = {0: Branch(0, None, 0, seed, prompt, picture)}
         self._selected = 0
         self._num_branches = 1  # ever made
+        self._spool = Spool()
         self.num_bytes = 0  # of all blocks
         self._epoch = 0
         self._is_paused = self._is_started = self._is_rebuilding = self._is_ended = False
@@ -204,23 +206,30 @@ class LiveSession:
         self._num_crashes = 0
         seconds = now - self._last_time
         self._block_s, self._last_time = 0.5 * (self._block_s + seconds) if self._block_s else seconds, now
-        block = self._block(message)
+        try:
+            block = self._block(message)
+        except OSError as error:
+            self._tell(ProtocolError("engine", f"what is made cannot be kept: {error.strerror}").describe())
+            self._hall.end(self, CLOSE_ENDED)
+            return
         is_switch = not branch.blocks or branch.blocks[-1].prompt != block.prompt
         branch.blocks.append(block)
         self.num_bytes += block.num_bytes
         if is_switch:
             self._tell_switch(block, now)
         self._tell_block(block, seconds)
-        self._send_media(block, message.pictures)
+        self._send_media(block, message)
         self.announce()  # it may be full now
         self._grant()
 
     def _block(self, message: Made) -> Block:
+        """What was made, kept. Raises OSError where the disk is full."""
         info, frame = self._hall.info, self.branch.num_frames
         num_frames = sum(chunk.num_frames for chunk in message.chunks)
         first, end = info.num_video_frames(frame), info.num_video_frames(frame + num_frames)
-        content = message.prompt, message.chunks, message.fragment, message.thumbnail
-        return Block(frame, num_frames, first, end - first, *content)
+        parts = *(chunk.data for chunk in message.chunks), message.fragment, message.thumbnail
+        shapes, dtype = tuple(chunk.shape for chunk in message.chunks), message.chunks[0].dtype
+        return Block(frame, num_frames, first, end - first, message.prompt, shapes, dtype, self._spool.keep(parts))
 
     def _tell_switch(self, block: Block, now: float) -> None:
         told: dict[str, Any] = {"type": "switch", "branch": self._selected, "frame": block.frame}
@@ -235,13 +244,13 @@ class LiveSession:
         names = ("frame", "num_frames", "video_frame", "num_video_frames")
         self._tell(told | {name: getattr(block, name) for name in names})
 
-    def _send_media(self, block: Block, pictures: tuple[bytes, ...]) -> None:
+    def _send_media(self, block: Block, message: Made) -> None:
         if self.viewer is None:
             return
         if self.format == "mp4":
             place = block.video_frame, block.num_video_frames
-            self.viewer.send_media(media(FRAGMENT, self._epoch, *place, block.fragment))
-        for number, picture in enumerate(pictures, start=block.video_frame):
+            self.viewer.send_media(media(FRAGMENT, self._epoch, *place, message.fragment))
+        for number, picture in enumerate(message.pictures, start=block.video_frame):
             self.viewer.send_media(media(PICTURE, self._epoch, number, 1, picture))
 
     def _grant(self) -> None:

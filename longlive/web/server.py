@@ -158,7 +158,7 @@ class Web:
         if block is None:
             raise ProtocolError("not_found", f"frame {frame}: branch {branch.number} has {branch.num_frames} frames")
         headers = {"Cache-Control": "private, max-age=3600"}  # what is made does not change
-        return Response(block.thumbnail, media_type="image/webp", headers=headers)
+        return Response(block.thumbnail(), media_type="image/webp", headers=headers)
 
     async def session(self, websocket: WebSocket) -> None:
         """One viewer, from the handshake to the end of the connection."""
