@@ -5,6 +5,7 @@ import io
 import json
 import math
 import random
+import resource
 import time
 import zlib
 from dataclasses import replace
@@ -242,6 +243,41 @@ def test_session_is_not_idle_while_a_block_is_made() -> None:
         assert session.idle_s(later) == 0
         session.take(Made(session.key, 1, "A", (Latents(b"", (1, 3, 1, 1, 1), "float32"),), b"", b"", ()))
     assert session.idle_s(later) > 900
+
+
+def test_session_ends_with_a_message_where_the_disk_is_full() -> None:
+    ended = []
+
+    class FullDesk(Desk):
+        def end(self, session: LiveSession, close_code: int) -> None:
+            ended.append(session)
+
+    viewer = Viewer()
+    session = LiveSession(FullDesk(16), "mp4", 0, "A", None)
+    session.attach(viewer)
+    session.take(Rebuilt(session.key, 1, b""))
+    chunk = Latents(b"", (1, 3, 1, 1, 1), "float32")
+    session.take(Made(session.key, 1, "A", (chunk,), bytes(500), b"", ()))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        session.take(Made(session.key, 1, "A", (chunk,), bytes(5000), b"", ()))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert ended == [session]
+    assert session.branch.num_frames == 3
+
+    async def told() -> list[dict[str, Any]]:
+        viewer.close(CLOSE_SLOW)
+        messages = []
+        while (message := await viewer.next()) is not None:
+            if not isinstance(message, bytes):
+                messages.append(dict(message))
+        return messages
+
+    errors = [message for message in asyncio.run(told()) if message["type"] == "error"]
+    assert [error["code"] for error in errors] == ["engine"]
+    assert "cannot be kept" in errors[0]["message"]
 
 
 def test_session_that_holds_too_much_is_full() -> None:
