@@ -39,7 +39,7 @@ from longlive.train_config import CAUSAL, TrainConfig, load_train_config
 from longlive.train_inputs import Inputs, read_base, read_inputs
 from longlive.training.checkpoint import Checkpoints, check_identity, find_latest
 from longlive.training.clock import Clock
-from longlive.training.draw import derived_seed
+from longlive.training.draw import Pictures, derived_seed
 from longlive.training.export import GENERATOR, export, export_vae
 from longlive.training.metrics import Metrics, check_trackers
 from longlive.training.networks import Weights
@@ -265,8 +265,7 @@ def vae_job(config: TrainConfig) -> Job:
             Order(len(clips), config.seed),
             loss,
             clock,
-            config.picture_share,
-            config.num_training_frames,
+            Pictures(config.picture_share, config.num_training_frames),
         )
         networks = {"vae": Network(autoencoder, optimizer_config(config), ema_config(config), dtype)}
         return Trainer(stage, networks, trainer_config(config, group), group, checkpoints, None, clock)

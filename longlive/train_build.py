@@ -38,6 +38,7 @@ from longlive.training.distribution_matching import (
     StreamingConfig,
 )
 from longlive.training.dmd import DMD, DMDConfig, Score
+from longlive.training.draw import Pictures
 from longlive.training.flow_matching import CausalInit, FlowMatchingConfig, Pretrain
 from longlive.training.networks import (
     Compute,
@@ -217,7 +218,9 @@ def make_flow_matching(
         "encode_prompts": encode_prompts,
         "negative_prompt": config.negative_prompt,
         "config": FlowMatchingConfig(
-            config.model_kwargs.timestep_shift, config.prompt_dropout, config.picture_share, config.clip_frames
+            config.model_kwargs.timestep_shift,
+            config.prompt_dropout,
+            Pictures(config.picture_share, config.clip_frames),
         ),
         "clock": clock,
     }

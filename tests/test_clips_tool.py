@@ -24,7 +24,7 @@ from longlive.models.dit import WanDiT
 from longlive.models.kv_cache import CacheConfig
 from longlive.rollout import Sampler, SamplerConfig
 from longlive.training.clock import Clock
-from longlive.training.draw import Draw
+from longlive.training.draw import Draw, Pictures
 from longlive.training.flow_matching import CausalInit, FlowMatchingConfig, Pretrain
 from longlive.training.ode import ode_sigmas, sample_ode
 from longlive.training.teacher_forcing import TeacherForced
@@ -254,7 +254,7 @@ def test_pictures_are_the_first_frames_of_more_clips(tmp_path: Path) -> None:
     generator = Seen(TINY_DIT)
     generator.load_state_dict(tiny_dit(seed=3).state_dict())
     encode_prompts, order = tiny_models().encode_prompts, Order(len(clips), seed=0)
-    config = FlowMatchingConfig(prompt_dropout=0.5, picture_share=0.5, pictures_per_clip=3)
+    config = FlowMatchingConfig(prompt_dropout=0.5, pictures=Pictures(0.5, per_clip=3))
     stage = Pretrain(generator, clips, order, encode_prompts, "nothing", config, Clock(CPU))
     met = set()
     for step in range(8):

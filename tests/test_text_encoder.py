@@ -317,14 +317,19 @@ def test_bad_tokenizers_are_refused(tokenizer_folder: Path, tmp_path: Path) -> N
         load_tokenizer(tmp_path)
 
 
-def test_cache_returns_what_the_encoder_makes() -> None:
+def counted() -> tuple[TextEncoder, list[str]]:
+    """An encoder, and the texts it will be asked for."""
     calls: list[str] = []
 
     def tokenize(text: str) -> list[int]:
         calls.append(text)
         return byte_tokens(text)
 
-    encoder = build(tokenize=tokenize)
+    return build(tokenize=tokenize), calls
+
+
+def test_cache_returns_what_the_encoder_makes() -> None:
+    encoder, calls = counted()
     cache = PromptCache(encoder, torch.device("cpu"))
     first = cache(["fox", "hare", "fox"])
     assert calls == ["fox", "hare"]
@@ -335,13 +340,8 @@ def test_cache_returns_what_the_encoder_makes() -> None:
 
 
 def test_cache_forgets_the_least_recently_used() -> None:
-    calls: list[str] = []
-
-    def tokenize(text: str) -> list[int]:
-        calls.append(text)
-        return byte_tokens(text)
-
-    cache = PromptCache(build(tokenize=tokenize), torch.device("cpu"), max_prompts=2)
+    encoder, calls = counted()
+    cache = PromptCache(encoder, torch.device("cpu"), max_prompts=2)
     assert cache(["a", "b", "c", "d"]).shape[0] == 4, "one call may ask for more than the cache keeps"
     calls.clear()
     cache(["c"])
@@ -353,13 +353,7 @@ def test_cache_forgets_the_least_recently_used() -> None:
 
 
 def test_a_filled_cache_encodes_nothing_again() -> None:
-    calls: list[str] = []
-
-    def tokenize(text: str) -> list[int]:
-        calls.append(text)
-        return byte_tokens(text)
-
-    encoder = build(tokenize=tokenize)
+    encoder, calls = counted()
     cache = PromptCache(encoder, torch.device("cpu"))
     cache.fill(["fox", "hare", "fox", "owl"], batch_size=2)
     assert calls == ["fox", "hare", "owl"]

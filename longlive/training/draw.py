@@ -95,3 +95,18 @@ def _hashed(bits: Tensor) -> Tensor:
     for shift, factor in _MIXING:
         bits = (bits ^ (bits >> shift & _MOST >> shift - 1)) * factor
     return bits ^ (bits >> 31 & _MOST >> 30)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Steps on pictures among those on clips. share: of the steps; per_clip: how many pictures, the first frames of
+    other clips, take the place of a clip."""
+
+    share: float = 0.0
+    per_clip: int = 1
+
+    def choose(self, draw: Draw) -> tuple[Draw, bool]:
+        """The random numbers of a step's samples, and whether they are pictures."""
+        if draw.of("picture").shared.random() >= self.share:
+            return draw, False
+        return draw.split(self.per_clip), True

@@ -8,30 +8,28 @@ end from the states at the few denoising steps (CausVid, arXiv 2412.07772). B: s
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from longlive.data.clips import ClipBatch, LatentSource
+from longlive.data.clips import LatentSource
 from longlive.data.order import Order
 from longlive.flow import FlowSchedule, add_noise, flow_to_x0
 from longlive.rollout import Sampler
 from longlive.training.clock import Clock
-from longlive.training.draw import Draw
+from longlive.training.draw import Draw, Pictures
 from longlive.training.stage import Loss, Stage
 
 
 @dataclass(frozen=True)
 class FlowMatchingConfig:
     """shift: warp of the random timesteps; prompt_dropout: how often a clip is seen without its prompt, which guidance
-    needs; picture_share: of the steps, those on pictures, the first frames of `pictures_per_clip` other clips for each:
-    more prompts are seen in a step, which is what following them is learnt from."""
+    needs; pictures: more prompts are seen in a step on them, which is what following prompts is learnt from."""
 
     shift: float = 5.0
     prompt_dropout: float = 0.1
-    picture_share: float = 0.0
-    pictures_per_clip: int = 1
+    pictures: Pictures = field(default_factory=Pictures)
 
 
 class FlowMatching(Stage):
@@ -68,8 +66,9 @@ class FlowMatching(Stage):
 
     def loss(self, network: str, draw: Draw) -> Loss:
         with self.clock.part("data"):
-            batch, draw = self._batch(draw)
-            latents = batch.latents.to(draw.device)
+            draw, is_pictures = self.config.pictures.choose(draw)
+            batch = self.clips.batch([self.order[sample] for sample in draw.samples])
+            latents = (batch.latents[:, :1] if is_pictures else batch.latents).to(draw.device)
             text = self.encode_prompts(batch.prompts)
             trajectory = None
             if self.uses_trajectory and batch.trajectory is not None:
@@ -80,14 +79,6 @@ class FlowMatching(Stage):
         with self.clock.part("forward"):
             loss, timesteps = self._loss(latents, trajectory, text, draw)
         return Loss(loss, {"timestep": timesteps.mean()}, latents.shape[0] * latents.shape[1])
-
-    def _batch(self, draw: Draw) -> tuple[ClipBatch, Draw]:
-        """Clips or pictures, and the random numbers for as many."""
-        if draw.of("picture").shared.random() >= self.config.picture_share:
-            return self.clips.batch([self.order[sample] for sample in draw.samples]), draw
-        draw = draw.split(self.config.pictures_per_clip)
-        batch = self.clips.batch([self.order[sample] for sample in draw.samples])
-        return ClipBatch(batch.prompts, batch.latents[:, :1], None), draw
 
     def _timesteps(self, draw: Draw, num: int) -> tuple[Tensor, Tensor]:
         """Random timesteps [B, num] and their noise levels, uniform before the warp."""

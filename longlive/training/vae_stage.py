@@ -17,7 +17,7 @@ from longlive.data.order import Order
 from longlive.errors import InputError
 from longlive.models.vae import AttentionBlock, Downsample, ResidualBlock, Upsample, VAEConfig, WanVAE
 from longlive.training.clock import Clock
-from longlive.training.draw import Draw
+from longlive.training.draw import Draw, Pictures
 from longlive.training.stage import Loss, Stage
 
 # Outside this range a posterior is a point or noise alone; its exponential would leave float32.
@@ -167,34 +167,25 @@ class VAETraining(Stage):
         order: Order,
         loss_config: VAELossConfig,
         clock: Clock,
-        picture_share: float = 0.0,
-        pictures_per_clip: int = 1,
+        pictures: Pictures,
     ) -> None:
-        """picture_share: of the steps, those on pictures, the first frames of `pictures_per_clip` other clips for each:
-        most of what a frame needs is learnt from them."""
+        """pictures: most of what a frame needs is learnt from them."""
         self.autoencoder = autoencoder
         self.config = config
         self.clips = clips
         self.order = order
         self.loss_config = loss_config
         self.clock = clock
-        self.picture_share = picture_share
-        self.pictures_per_clip = pictures_per_clip
+        self.pictures = pictures
 
     def due(self, step: int) -> tuple[str, ...]:
         return ("vae",)
 
-    def _pixels(self, draw: Draw) -> tuple[Tensor, Draw]:
-        """Clips or pictures, and the random numbers for as many."""
-        if draw.of("picture").shared.random() >= self.picture_share:
-            return self.clips.pixels([self.order[sample] for sample in draw.samples]), draw
-        draw = draw.split(self.pictures_per_clip)
-        return self.clips.pixels([self.order[sample] for sample in draw.samples])[:, :1], draw
-
     def loss(self, network: str, draw: Draw) -> Loss:
         with self.clock.part("data"):
-            pixels, draw = self._pixels(draw)
-            pixels = pixels.to(draw.device)
+            draw, is_pictures = self.pictures.choose(draw)
+            pixels = self.clips.pixels([self.order[sample] for sample in draw.samples])
+            pixels = (pixels[:, :1] if is_pictures else pixels).to(draw.device)
         noise = draw.of("posterior").normal(*latent_shape(pixels, self.config)[1:])
         with self.clock.part("forward"):
             reconstruction, mean, log_variance = self.autoencoder(pixels, noise)

@@ -3,6 +3,7 @@
 import os
 import tempfile
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -17,6 +18,7 @@ class Spool:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  open for as long as something in it is referred to
         self._end = 0
         self._free: list[tuple[int, int]] = []  # offset, size
+        self._returned: deque[tuple[int, int]] = deque()  # the same, from any thread
 
     def keep(self, parts: Sequence[bytes]) -> "Kept":
         """Write these bytes. Raises OSError where the disk is full."""
@@ -26,7 +28,7 @@ class Spool:
         while written < len(data):
             written += os.pwrite(self._file.fileno(), data[written:], offset + written)
         kept = Kept(self, offset, tuple(accumulate(map(len, parts), initial=0)))
-        weakref.finalize(kept, self._free.append, (offset, len(data))).atexit = False
+        weakref.finalize(kept, self._returned.append, (offset, len(data))).atexit = False
         return kept
 
     def read(self, offset: int, size: int) -> bytes:
@@ -35,7 +37,9 @@ class Spool:
 
     def _take(self, size: int) -> int:
         """The offset of `size` bytes that are free: the first such hole, or the end."""
-        self._free[:] = _merged(self._free)
+        while self._returned:
+            self._free.append(self._returned.popleft())
+        self._free = _merged(self._free)
         for index, (offset, room) in enumerate(self._free):
             if room >= size:
                 self._free[index] = (offset + size, room - size)
@@ -65,7 +69,7 @@ class Kept:
 def _merged(holes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Holes (offset, size) in order, those side by side as one, without empty ones."""
     merged: list[tuple[int, int]] = []
-    for offset, size in sorted(hole for hole in list(holes) if hole[1]):
+    for offset, size in sorted(hole for hole in holes if hole[1]):
         if merged and sum(merged[-1]) == offset:
             merged[-1] = (merged[-1][0], merged[-1][1] + size)
         else:
