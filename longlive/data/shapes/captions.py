@@ -23,8 +23,6 @@ _MOTIONS: _Wordings = {
     "sway": ("sways", "swings from side to side"),
     "bounce": ("bounces", "hops", "jumps up and down"),
     "zigzag": ("zigzags", "moves in a zigzag"),
-    "spin": ("spins", "rotates", "turns in place"),
-    "pulse": ("pulses", "throbs", "grows and shrinks"),
     "still": ("stands still", "rests", "stays in place"),
 }
 _BACKGROUNDS: _Wordings = {

@@ -16,8 +16,9 @@ PATCH = 36  # px, of more than twice the largest radius
 
 _RING_WIDTH = 0.42  # of the radius
 _ARM_WIDTH = 0.32  # half the width of a cross's arm, of the radius
-_STAR_INNER = 0.44  # radius of a star's inner corners, of the radius
 _ROUND_RADIUS = 0.9  # of circle and ring, which look larger than what has corners
+_STAR_RADIUS = 1.1  # of a star, which looks smaller than what is broad
+_STAR_INNER = 0.4  # radius of a star's inner corners, of that of its tips
 _MARKER_SIZES = {"dot": (3.6, 3.6), "dash": (5.5, 2.0), "post": (2.0, 5.5)}  # half width and height, px
 
 
@@ -38,28 +39,25 @@ def render(scenes: Sequence[Scene], start: int, stop: int, device: torch.device 
     return video
 
 
-def coverage(shape: str, dx: Tensor, dy: Tensor, angle: Tensor, radius: Tensor) -> Tensor:
+def coverage(shape: str, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
     """How much of each pixel a figure covers, in [0, 1]: its centre dx, dy px from the figure's, y down.
 
-    Arguments broadcast; angle in radians clockwise from upright, radius in px.
+    Arguments broadcast; radius in px.
     """
-    sine, cosine = torch.sin(angle), torch.cos(angle)
-    x = (cosine * dx + sine * dy) / radius
-    y = (cosine * dy - sine * dx) / radius
-    return (0.5 - _distance(shape, x, y) * radius).clamp(0, 1)
+    return (0.5 - _distance(shape, dx / radius, dy / radius) * radius).clamp(0, 1)
 
 
 def _draw(video: Tensor, scenes: Sequence[Scene], rows: list[int], number: int, shape: str, start: int) -> None:
     """Draw body `number` of the scenes, all of one shape, onto the videos of these rows."""
     num_frames, device = video.shape[1], video.device
     bodies = [scene.bodies[number] for scene in scenes]
-    x, y, angle, radius = poses(bodies, start, start + num_frames, device).unbind(-1)  # [N, F]
+    x, y, radius = poses(bodies, start, start + num_frames, device).unbind(-1)  # [N, F]
     side = torch.arange(PATCH, device=device)
     columns = x.floor().long()[..., None] + side - PATCH // 2  # [N, F, PATCH]
     lines = y.floor().long()[..., None] + side - PATCH // 2
     dx = (columns + 0.5 - x[..., None]).float()[..., None, :]
     dy = (lines + 0.5 - y[..., None]).float()[..., :, None]
-    alpha = coverage(shape, dx, dy, angle.float()[..., None, None], radius.float()[..., None, None])[..., None]
+    alpha = coverage(shape, dx, dy, radius.float()[..., None, None])[..., None]
     frame = torch.tensor(rows, device=device)[:, None] * num_frames + torch.arange(num_frames, device=device)
     line = frame[..., None] * HEIGHT + lines % HEIGHT
     pixel = (line[..., :, None] * WIDTH + (columns % WIDTH)[..., None, :]).flatten()
@@ -89,7 +87,7 @@ def marker_coverage(kind: str, corner: str) -> Tensor:
 
 
 def _distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
-    """Signed distance to the outline of an upright figure of radius 1, negative inside."""
+    """Signed distance to the outline of a figure of radius 1, negative inside."""
     if shape == "circle":
         return torch.hypot(x, y) - _ROUND_RADIUS
     if shape == "ring":
@@ -103,7 +101,7 @@ def _distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
     if shape == "triangle":
         return torch.maximum(y - 0.5, math.sqrt(0.75) * x.abs() - 0.5 * y - 0.5)
     assert shape == "star", shape
-    return _star_distance(x.abs(), -y)
+    return _star_distance(x.abs() / _STAR_RADIUS, -y / _STAR_RADIUS) * _STAR_RADIUS
 
 
 def _star_distance(x: Tensor, y: Tensor) -> Tensor:
@@ -117,4 +115,4 @@ def _star_distance(x: Tensor, y: Tensor) -> Tensor:
     # The edge runs from the tip (0, 1) to the inner corner.
     corner_x, corner_y = _STAR_INNER * math.sin(math.pi / 5), _STAR_INNER * math.cos(math.pi / 5)
     length = math.hypot(corner_x, 1 - corner_y)
-    return (x * (1 - corner_y) + (y - 1) * corner_x) / length
+    return torch.maximum((x * (1 - corner_y) + (y - 1) * corner_x) / length, y - 1)  # no longer than its tip

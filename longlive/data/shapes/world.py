@@ -7,7 +7,7 @@ of its colour, its phase, and a small marker of some kind in one corner.
 The canvas is a torus: a body that leaves it on one side enters on the other. Two bodies keep to a half of the canvas
 each. The pose at frame t is a closed function of the scene, so a video is the same however it is cut.
 
-Units: px, with pixel i covering [i, i + 1) and y pointing down; frames of 1/FPS s; radians, clockwise.
+Units: px, with pixel i covering [i, i + 1) and y pointing down; frames of 1/FPS s.
 """
 
 import math
@@ -28,14 +28,12 @@ Rgb = tuple[int, int, int]
 @dataclass(frozen=True)
 class Motion:
     """How a body moves. velocity: px/frame. swing: radii of a clockwise ellipse, px. zigzag: amplitude across the
-    travel, px. hop: height, px. spin: rad/frame. pulse: share of the radius lost half-way. period: frames."""
+    travel, px. hop: height, px. period: frames."""
 
     velocity: tuple[float, float] = (0.0, 0.0)
     swing: tuple[float, float] = (0.0, 0.0)
     zigzag: float = 0.0
     hop: float = 0.0
-    spin: float = 0.0
-    pulse: float = 0.0
     period: float = 32.0
 
 
@@ -50,14 +48,7 @@ COLOURS: dict[str, tuple[Rgb, Rgb]] = {  # the darkest and the lightest tint
     "purple": ((98, 30, 150), (160, 90, 216)),
     "pink": ((226, 84, 160), (255, 152, 206)),
 }
-SHAPES: dict[str, int] = {  # and the number of turns that look alike, 0 for all
-    "circle": 0,
-    "ring": 0,
-    "square": 4,
-    "cross": 4,
-    "triangle": 3,
-    "star": 5,
-}
+SHAPES = ("circle", "ring", "square", "cross", "triangle", "star")
 SIZES: dict[str, float] = {"small": 10.0, "big": 15.0}  # circumradius, px
 MOTIONS: dict[str, Motion] = {
     "left": Motion(velocity=(-SPEED, 0.0)),
@@ -68,8 +59,6 @@ MOTIONS: dict[str, Motion] = {
     "sway": Motion(swing=(10.0, 0.0), period=40.0),
     "bounce": Motion(hop=14.0),
     "zigzag": Motion(velocity=(SPEED, 0.0), zigzag=8.0),
-    "spin": Motion(spin=math.radians(5)),
-    "pulse": Motion(pulse=0.3),
     "still": Motion(),
 }
 BACKGROUNDS: dict[str, tuple[Rgb, Rgb]] = {  # and the colour of the marker on them
@@ -87,13 +76,13 @@ CORNERS: dict[str, tuple[float, float]] = {  # x, y of a marker there
 }
 LAYOUTS: dict[str, frozenset[str]] = {  # and the motions that stay in a part of it
     "whole": frozenset(MOTIONS),
-    "rows": frozenset({"left", "right", "sway", "spin", "pulse", "still"}),
-    "columns": frozenset({"up", "down", "orbit", "bounce", "spin", "pulse", "still"}),
+    "rows": frozenset({"left", "right", "sway", "still"}),
+    "columns": frozenset({"up", "down", "orbit", "bounce", "still"}),
 }
 
 TWO_BODIES_SHARE = 0.3  # of the scenes
 _MARGIN = 1.0  # px kept between a body and the border of its part of the canvas
-_GLIDE_SPEED = (2.0, 2.0, math.radians(6), 0.6)  # most of x, y, angle, radius per frame after a switch
+_GLIDE_SPEED = (2.0, 2.0, 0.6)  # most of x, y, radius per frame after a switch
 _MARKER_REACH = 6.0  # px
 
 
@@ -117,18 +106,17 @@ class Caption:
 
 @dataclass(frozen=True)
 class Track:
-    """How a body got where it is. x, y, angle at frame `start`, of the centre of what repeats; `phase` in periods.
+    """How a body got where it is. x, y at frame `start`, of the centre of what repeats; `phase` in periods.
 
-    `glide` (x, y, angle, radius) is added at frame `glide_start` and fades within `glide_frames`: a body whose motion
+    `glide` (x, y, radius) is added at frame `glide_start` and fades within `glide_frames`: a body whose motion
     has changed goes on from where it was.
     """
 
     x: float
     y: float
-    angle: float
     phase: float
     start: int = 0
-    glide: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    glide: tuple[float, float, float] = (0.0, 0.0, 0.0)
     glide_start: int = 0
     glide_frames: float = 1.0
 
@@ -202,9 +190,6 @@ def faults(caption: Caption) -> list[str]:
     looks, found = caption.looks, []
     if not 1 <= len(looks) <= 2:
         found.append(f"there are one or two shapes, not {len(looks)}")
-    found += [
-        f"one cannot see a {look.shape} spin" for look in looks if look.motion == "spin" and not SHAPES[look.shape]
-    ]
     if len({look.colour for look in looks}) < len(looks):
         found.append("two shapes have two colours")
     if len(looks) == 2 and not _layouts(caption):
@@ -221,8 +206,8 @@ def switched(scene: Scene, frame: int, seed: int) -> Scene:
 def continued(scene: Scene, caption: Caption, frame: int, wording: int = 0) -> Scene:
     """The scene that `scene` becomes when its caption turns to this one, of as many bodies, at `frame`.
 
-    It is valid from `frame` on. Colours, shapes and background change at once; place, angle and radius go on from where
-    they are. Raises AssertionError if the layout of the scene has no room for the motions.
+    It is valid from `frame` on. Colours, shapes and background change at once; place and radius go on from where they
+    are. Raises AssertionError if the layout of the scene has no room for the motions.
     """
     assert _fits(caption, scene.layout), (caption, scene.layout)
     bodies = tuple(
@@ -233,19 +218,19 @@ def continued(scene: Scene, caption: Caption, frame: int, wording: int = 0) -> S
 
 
 def poses(bodies: Sequence[Body], start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
-    """x, y, angle, radius of every body at frames start, …, stop − 1: [N, F, 4] float64, x and y on the canvas.
+    """x, y, radius of every body at frames start, …, stop − 1: [N, F, 3] float64, x and y on the canvas.
 
     Rounded to 2⁻¹⁶, so that the last bit of a sine does not depend on the machine.
     """
-    x, y, angle, radius = _unwrapped_poses(bodies, start, stop, device).unbind(-1)
-    exact = torch.stack([x % WIDTH, y % HEIGHT, angle % (2 * math.pi), radius], dim=-1)
+    x, y, radius = _unwrapped_poses(bodies, start, stop, device).unbind(-1)
+    exact = torch.stack([x % WIDTH, y % HEIGHT, radius], dim=-1)
     return (exact * 2**16).round() / 2**16
 
 
 def _unwrapped_poses(bodies: Sequence[Body], start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
     """As `poses`, as if the canvas had no end."""
     columns = torch.tensor([_numbers(body) for body in bodies], dtype=torch.float64, device=device)[:, :, None]
-    x, y, angle, radius, vx, vy, swing_x, swing_y, zigzag, hop, spin, pulse, period, phase, *rest = columns.unbind(1)
+    x, y, radius, vx, vy, swing_x, swing_y, zigzag, hop, period, phase, *rest = columns.unbind(1)
     begin, *glide, glide_start, glide_frames = rest
     t = torch.arange(start, stop, dtype=torch.float64, device=device)
     elapsed = t - begin
@@ -255,8 +240,7 @@ def _unwrapped_poses(bodies: Sequence[Body], start: int, stop: int, device: torc
     pose = (
         x + vx * elapsed + swing_x * sine,
         y + vy * elapsed - swing_y * cosine + zigzag * triangle - 4 * hop * turn * (1 - turn),
-        angle + spin * elapsed,
-        radius * (1 - pulse * (1 - cosine) / 2),
+        radius,
     )
     left = (1 - (t - glide_start) / glide_frames).clamp(0, 1)
     return torch.stack([value + offset * left for value, offset in zip(pose, glide, strict=True)], dim=-1)
@@ -265,8 +249,8 @@ def _unwrapped_poses(bodies: Sequence[Body], start: int, stop: int, device: torc
 def _numbers(body: Body) -> list[float]:
     motion, track = MOTIONS[body.look.motion], body.track
     return [
-        *(track.x, track.y, track.angle, SIZES[body.look.size]),
-        *(*motion.velocity, *motion.swing, motion.zigzag, motion.hop, motion.spin, motion.pulse, motion.period),
+        *(track.x, track.y, SIZES[body.look.size]),
+        *(*motion.velocity, *motion.swing, motion.zigzag, motion.hop, motion.period),
         *(track.phase, track.start, *track.glide, track.glide_start, track.glide_frames),
     ]
 
@@ -324,8 +308,7 @@ def _range(look: Look, cell: Cell) -> tuple[tuple[float, float], tuple[float, fl
 
 def _sample_track(look: Look, cell: Cell, rng: random.Random) -> Track:
     x, y = (rng.uniform(*span) for span in _range(look, cell))
-    angle, phase = rng.uniform(0, 2 * math.pi), rng.random()
-    return Track(x, y, angle if look.motion == "spin" else 0.0, phase)
+    return Track(x, y, rng.random())
 
 
 def _covers(body: Body, corner: tuple[float, float]) -> bool:
@@ -360,7 +343,7 @@ def _changed(scene: Scene, rng: random.Random) -> Caption:
 def _continued_body(body: Body, look: Look, cell: Cell, frame: int) -> Body:
     """The body with another look from `frame` on, in the same cell: in the phase that it reaches soonest."""
     before, track = body.look, body.track
-    if (look.motion, look.size, look.shape) == (before.motion, before.size, before.shape):
+    if (look.motion, look.size) == (before.motion, before.size):
         return replace(body, look=look)
     clocks = (
         [(frame, phase / 8) for phase in range(8)] if look.motion != before.motion else [(track.start, track.phase)]
@@ -371,24 +354,16 @@ def _continued_body(body: Body, look: Look, cell: Cell, frame: int) -> Body:
 
 def _continued_track(body: Body, look: Look, cell: Cell, frame: int, start: int, phase: float) -> Track:
     """The track of a new look whose clock shows `phase` at frame `start`, which glides there from the old one."""
-    x, y, angle, radius = _unwrapped_poses([body], frame, frame + 1)[0, 0].tolist()
+    x, y, radius = _unwrapped_poses([body], frame, frame + 1)[0, 0].tolist()
     # Where a track that starts at the origin would be by now: what is left is the place of this one.
-    origin = Body(look, 0.0, Track(0.0, 0.0, 0.0, phase, start))
-    moved_x, moved_y, moved_angle, moved_radius = _unwrapped_poses([origin], frame, frame + 1)[0, 0].tolist()
+    origin = Body(look, 0.0, Track(0.0, 0.0, phase, start))
+    moved_x, moved_y, moved_radius = _unwrapped_poses([origin], frame, frame + 1)[0, 0].tolist()
     place = (x % WIDTH - moved_x, y % HEIGHT - moved_y)
     is_free = [speed != 0 for speed in MOTIONS[look.motion].velocity]
     kept = [
         value if free else min(max(value, low), high)
         for value, free, (low, high) in zip(place, is_free, _range(look, cell), strict=True)
     ]
-    turned = angle - moved_angle
-    kept_angle = turned if look.motion == "spin" else _upright(turned, SHAPES[look.shape])
-    glide = (place[0] - kept[0], place[1] - kept[1], turned - kept_angle, radius - moved_radius)
+    glide = (place[0] - kept[0], place[1] - kept[1], radius - moved_radius)
     num_frames = max(1.0, *(abs(offset) / speed for offset, speed in zip(glide, _GLIDE_SPEED, strict=True)))
-    return Track(kept[0], kept[1], kept_angle, phase, start, glide, frame, num_frames)
-
-
-def _upright(angle: float, num_alike: int) -> float:
-    """The nearest angle at which a figure stands upright."""
-    step = 2 * math.pi / num_alike if num_alike else 0.0
-    return round(angle / step) * step if step else angle
+    return Track(kept[0], kept[1], phase, start, glide, frame, num_frames)
