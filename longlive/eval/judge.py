@@ -31,7 +31,6 @@ from longlive.data.shapes.world import (
 )
 from longlive.errors import InputError
 from longlive.eval.measure import (
-    HARMONICS,
     NUM_SLOTS,
     Array,
     Measures,
@@ -40,7 +39,7 @@ from longlive.eval.measure import (
     unit_areas,
     unit_outlines,
 )
-from longlive.eval.motion import fit_places, slope, swing_of
+from longlive.eval.motion import fit_places
 
 MOTION_FRAMES = 32  # the fewest frames in which a motion can be told
 PLACE_FRAMES = 64  # the fewest in which the place it is about can
@@ -52,10 +51,6 @@ _CLEAN_DICE = 0.86  # least overlap of a body with its shape
 _CLEAN_EDGE = 2.7  # px, widest outline of a body
 _CLEAN_STRAYS = 25  # most px that belong to nothing
 _CLEAN_SHARE = 0.9  # of the frames
-_PULSE_QUANTILE = 0.85  # over time: a pulsing body is as big as it gets
-_LEAST_SPIN = math.radians(2.5)  # per frame
-_LEAST_PULSE = 0.09  # amplitude, of the radius
-_PULSE_TAIL = 20  # frames: more than half a period
 _MARKER_DICE = 0.6
 _MARKER_SEEN = 0.75  # share of the marker that must have been seen
 _PLACE_TOLERANCE = 2.0  # px
@@ -257,7 +252,7 @@ def _follow(video: Measures) -> Measures:
             if present[found]:
                 known[slot] = places[found]
     index = np.array(orders)
-    slotted = ("present", "colours", "places", "areas", "halftones", "dice", "harmonics")
+    slotted = ("present", "colours", "places", "areas", "halftones", "dice")
     line = np.arange(len(index))[:, None]
     return replace(video, **{name: getattr(video, name)[line, index] for name in slotted})
 
@@ -286,17 +281,16 @@ def _read_body(window: Measures, slot: int) -> BodyReading:
     colour = int(np.bincount(names + 1).argmax()) - 1  # −1 for none
     shares = window.dice[seen, slot].mean(axis=0)
     number = int(shares.argmax())
-    shape = list(SHAPES)[number]
     radii = np.sqrt(window.areas[seen, slot] / unit_areas()[number])
     motion, x, y = None, None, None
     if len(window.present) >= MOTION_FRAMES:
-        motion, x, y = _read_motion(window, slot, frames, SHAPES[shape], radii)
+        motion, x, y = _read_motion(frames, window.places[seen, slot])
     edges = window.halftones[seen, slot] / (unit_outlines()[number] * radii)
-    radius = float(np.quantile(radii, _PULSE_QUANTILE if motion == "pulse" else 0.5))
+    radius = float(np.median(radii))
     has_place = len(window.present) >= PLACE_FRAMES
     return BodyReading(
         list(COLOURS)[colour] if colour >= 0 else None,
-        shape,
+        SHAPES[number],
         "big" if radius > math.sqrt(SIZES["small"] * SIZES["big"]) else "small",
         motion,
         float(np.median(tints[names == colour])) if colour >= 0 else None,
@@ -325,26 +319,12 @@ def _nearest_background(rgb: Array) -> str | None:
     return nearest if misses[nearest] < _COLOUR_LIMIT else None
 
 
-def _read_motion(
-    window: Measures, slot: int, frames: Array, num_alike: int, radii: Array
-) -> tuple[str | None, float | None, float | None]:
-    """The one motion a body makes, None for several or none of the world's, and the place it is about."""
-    places = window.places[window.present[:, slot], slot]
+def _read_motion(frames: Array, places: Array) -> tuple[str | None, float | None, float | None]:
+    """The motion of a body at places [n, 2], None for none of the world's, and the place it is about."""
     steps = _shortest(np.diff(places, axis=0))
     x, y = np.concatenate([places[:1], places[:1] + np.cumsum(steps, axis=0)]).T
     fit = fit_places(frames, x, y)
-    motions = {fit.motion} - {"still"}
-    if num_alike:
-        turned = np.unwrap(window.harmonics[window.present[:, slot], slot, HARMONICS.index(num_alike)]) / num_alike
-        if abs(slope(frames, turned)) > _LEAST_SPIN:
-            motions.add("spin")
-    amplitude, share = swing_of(frames, radii / radii.mean(), MOTIONS["pulse"].period)
-    # A body that only becomes bigger or smaller after a switch is as good as a short sine, but then it rests.
-    still_swings = np.ptp(radii[-_PULSE_TAIL:]) > _LEAST_PULSE * radii.mean()
-    if amplitude > _LEAST_PULSE and share > 0.5 and still_swings:
-        motions.add("pulse")
-    motion = next(iter(motions or {"still"})) if len(motions) < 2 else None
-    return motion, None if fit.x is None else fit.x % WIDTH, None if fit.y is None else fit.y % HEIGHT
+    return fit.motion, None if fit.x is None else fit.x % WIDTH, None if fit.y is None else fit.y % HEIGHT
 
 
 def _read_marker(corners: NDArray[np.float32]) -> tuple[str, str] | None:
@@ -369,7 +349,7 @@ def _read_marker(corners: NDArray[np.float32]) -> tuple[str, str] | None:
 def _is_clean(window: Measures, slots: list[int], bodies: tuple[BodyReading, ...]) -> bool:
     clean = window.strays <= _CLEAN_STRAYS
     for slot, body in zip(slots, bodies, strict=True):
-        clean &= window.dice[:, slot, list(SHAPES).index(body.shape)] > _CLEAN_DICE
+        clean &= window.dice[:, slot, SHAPES.index(body.shape)] > _CLEAN_DICE
     return bool(clean.mean() >= _CLEAN_SHARE) and all(body.edge_px < _CLEAN_EDGE for body in bodies)
 
 

@@ -17,7 +17,6 @@ from longlive.data.shapes.render import PATCH, coverage, marker_coverage
 from longlive.data.shapes.world import BACKGROUNDS, CORNERS, HEIGHT, MARKERS, SHAPES, WIDTH
 
 NUM_SLOTS = 2
-HARMONICS = (3, 4, 5)  # turns that look alike
 CORNER_SIDE = 16  # px of the corner patches in which markers are sought
 WINDOW = 48  # px of the window around a peak in which a body is measured: its centre may be some px off
 
@@ -42,9 +41,9 @@ class Measures:
     """Of V frames; slots hold the bodies found, in no order that lasts.
 
     backgrounds [V, 3] in levels (0 to 255); present [V, K]; colours [V, K, 3]; places [V, K, 2]: x, y in px; areas
-    [V, K] in px²; dice [V, K, shapes]: best overlap with a figure of each shape, in [0, 1]; harmonics [V, K, 3]: the
-    angle of each HARMONICS, in radians and that many times the body's; strays [V]: px unlike the background outside
-    bodies and corners; corners [V, 4, S, S]: α of the marker there, NaN behind a body.
+    [V, K] in px²; halftones [V, K]: px of an outline; dice [V, K, shapes]: best overlap with a figure of each shape, in
+    [0, 1]; strays [V]: px unlike the background outside bodies and corners; corners [V, 4, S, S]: α of the marker
+    there, NaN behind a body.
     """
 
     backgrounds: Array
@@ -54,7 +53,6 @@ class Measures:
     areas: Array
     halftones: Array
     dice: Array
-    harmonics: Array
     strays: Array
     corners: NDArray[np.float32]
 
@@ -79,13 +77,13 @@ def _measure(frames: Tensor) -> tuple[NDArray[np.generic], ...]:
         slots.append(slot)
         is_free &= ~(_is_near_on_canvas(slot["places"]) & slot["present"][:, None, None])
     bodies = {name: torch.stack([slot[name] for slot in slots], dim=1) for name in slots[0]}
-    dice, harmonics = _figures(bodies.pop("patches"))
+    dice = _figures(bodies.pop("patches"))
     corners = _marker_alpha(torch.stack([_corner(difference, name) for name in CORNERS], dim=1), backgrounds)
     corners = corners.where(torch.stack([_corner(is_free, name) for name in CORNERS], dim=1), math.nan)
     strays = ((strength > _STRENGTH_FLOOR) & is_free & ~_corner_mask(frames.device)).sum((1, 2)).double()
     columns = (
         *(backgrounds, bodies["present"], bodies["colours"] + backgrounds[:, None], bodies["places"]),
-        *(bodies["areas"], bodies["halftones"], dice, harmonics, strays, corners),
+        *(bodies["areas"], bodies["halftones"], dice, strays, corners),
     )
     return tuple(column.cpu().numpy() for column in columns)
 
@@ -202,32 +200,20 @@ def _patch(alpha: Tensor, places: Tensor) -> Tensor:
     return patch[:, :-1] * (1 - part_y) + patch[:, 1:] * part_y
 
 
-def _figures(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """The best Dice overlap with each shape [N, K, shapes], and the angles of the harmonics [N, K, 3]."""
-    flat = patches.flatten(2)
-    templates, squares, owners = (value.to(patches.device) for value in _templates())
-    dice = 2 * (flat @ templates.T) / (flat.square().sum(-1, keepdim=True) + squares)
-    best = torch.stack([dice[..., owners == number].amax(-1) for number in range(len(SHAPES))], dim=-1)
-    side = (torch.arange(PATCH, device=patches.device) + 0.5 - PATCH / 2) / PATCH
-    point = torch.complex(side.expand(PATCH, PATCH), side[:, None].expand(PATCH, PATCH)).flatten()
-    powers = torch.stack([point**order for order in HARMONICS], dim=1)
-    return best, torch.complex(flat @ powers.real, flat @ powers.imag).angle()
+def _figures(patches: Tensor) -> Tensor:
+    """The best Dice overlap of patches [N, K, P, P] with each shape: [N, K, shapes]."""
+    flat, templates = patches.flatten(2), _templates().to(patches.device)
+    overlap = torch.einsum("nkp,srp->nksr", flat, templates)
+    squares = flat.square().sum(-1)[..., None, None] + templates.square().sum(-1)
+    return (2 * overlap / squares).amax(-1)
 
 
 @cache
-def _templates() -> tuple[Tensor, Tensor, Tensor]:
-    """Figures of all shapes, angles and sizes [T, P²], the sums of their squares [T] and the shape of each [T]."""
+def _templates() -> Tensor:
+    """Figures of all shapes at several sizes: [shapes, sizes, P²]."""
     side = torch.arange(PATCH) + 0.5 - PATCH / 2
-    radii = torch.tensor(np.geomspace(6.0, 17.0, 13), dtype=torch.float32)
-    figures, owners = [], []
-    for number, (shape, num_alike) in enumerate(SHAPES.items()):
-        num_angles = round(48 / num_alike) if num_alike else 1  # 7.5° apart
-        angles = torch.arange(num_angles) * (2 * math.pi / (max(num_alike, 1) * num_angles))
-        figure = coverage(shape, side, side[:, None], angles[:, None, None, None], radii[:, None, None])
-        figures.append(figure.flatten(0, 1).flatten(1))
-        owners += [number] * len(figures[-1])
-    templates = torch.cat(figures)
-    return templates, templates.square().sum(-1), torch.tensor(owners)
+    radii = torch.tensor(np.geomspace(6.0, 17.0, 13), dtype=torch.float32)[:, None, None]
+    return torch.stack([coverage(shape, side, side[:, None], radii).flatten(1) for shape in SHAPES])
 
 
 def _marker_alpha(difference: Tensor, backgrounds: Tensor) -> Tensor:
@@ -277,6 +263,8 @@ _UNIT = 200.0  # px, a radius at which pixels hardly matter
 
 
 def _unit_pictures() -> list[Tensor]:
-    side = torch.arange(-_UNIT - 10, _UNIT + 10) + 0.5
-    radius, angle = torch.tensor(_UNIT), torch.tensor(0.4)  # edges along the grid would have no halftones
-    return [coverage(shape, side, side[:, None], angle, radius).double() for shape in SHAPES]
+    side = torch.arange(-_UNIT - 30, _UNIT + 30) + 0.5
+    column, line = side, side[:, None]
+    # A little turned: edges along the grid would have no halftones.
+    dx, dy = 0.9 * column + math.sqrt(0.19) * line, 0.9 * line - math.sqrt(0.19) * column
+    return [coverage(shape, dx, dy, torch.tensor(_UNIT)).double() for shape in SHAPES]

@@ -101,23 +101,6 @@ def _zigzags(t: Array, x: Array, y: Array) -> list[Candidate]:
     return [(Fit("zigzag", None, float(centres[best])), float(errors[best]) + error_x, 6)]
 
 
-def swing_of(frames: Array, values: Array, period: float) -> tuple[float, float]:
-    """The amplitude of a sine of about this period in values [n], and the share of their variance it explains."""
-    best = (0.0, 0.0)
-    for factor in _PERIOD_FACTORS:
-        angle = 2 * np.pi * frames / (period * factor)
-        (_, a, b), error = _solve([np.ones_like(angle), np.sin(angle), np.cos(angle)], values)
-        share = 1 - error / max(_spread(values), 1e-9)
-        if share > best[1]:
-            best = (float(np.hypot(a, b)), share)
-    return best
-
-
-def slope(frames: Array, values: Array) -> float:
-    """The rate of values [n] per frame."""
-    return _solve([np.ones_like(frames), frames - frames.mean()], values)[0][1]
-
-
 def _turns(t: Array, period: float) -> Array:
     """The phase, in [0, 1), of every period and phase tried: [candidates, n]."""
     periods = period * np.array(_PERIOD_FACTORS)
