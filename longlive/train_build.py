@@ -277,6 +277,7 @@ def lora_config(config: TrainConfig, start: Lora | None) -> LoraConfig | None:
 def optimizer_config(config: TrainConfig) -> OptimizerConfig:
     return OptimizerConfig(
         lr=config.lr,
+        muon_lr=config.muon_lr,
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm_generator,
@@ -300,6 +301,7 @@ def critic_optimizer_config(config: TrainConfig) -> OptimizerConfig:
     return replace(
         optimizer_config(config),
         lr=config.lr_critic,
+        muon_lr=0.0,
         betas=(config.beta1_critic, config.beta2_critic),
         max_grad_norm=config.max_grad_norm_critic,
     )

@@ -184,6 +184,11 @@ class TrainConfig(Section):
 
     lr: float = setting(2e-6, "learning rate", POSITIVE)
     lr_critic: float = setting(4e-7, "learning rate of the critic", POSITIVE)
+    muon_lr: float = setting(
+        0.0,
+        "learning rate of Muon for the matrices of the generator's blocks, on one process; 0 = AdamW trains them too",
+        at_least(0),
+    )
     beta1: float = setting(0.0, "AdamW", BELOW_1)
     beta2: float = setting(0.999, "AdamW", BELOW_1)
     beta1_critic: float = setting(0.0, "AdamW of the critic", BELOW_1)

@@ -399,12 +399,12 @@ def test_rounds_are_a_larger_batch(tmp_path: Path, stage: str) -> None:
 
 def test_learning_rate() -> None:
     config = OptimizerConfig(lr=2.0, warmup_steps=3, final_lr_ratio=0.2)
-    rates = [config.lr_at(step, 1_000_000) for step in range(5)]
-    assert rates == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
-    assert [config.lr_at(step, 100) for step in (50, 100)] == pytest.approx([2 * (0.2 + 0.8 / 2), 0.4])
-    assert config.lr_at(25, 100) == pytest.approx(2 * (0.2 + 0.8 * (1 + math.sqrt(0.5)) / 2))
+    rates = [config.share_at(step, 1_000_000) for step in range(5)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert [config.share_at(step, 100) for step in (50, 100)] == pytest.approx([0.2 + 0.8 / 2, 0.2])
+    assert config.share_at(25, 100) == pytest.approx(0.2 + 0.8 * (1 + math.sqrt(0.5)) / 2)
     constant = OptimizerConfig(lr=2.0)
-    assert {constant.lr_at(step, 100) for step in range(100)} == {2.0}
+    assert {constant.share_at(step, 100) for step in range(100)} == {1.0}
 
 
 def test_an_update_takes_the_learning_rate_and_clips(tmp_path: Path) -> None:

@@ -23,11 +23,13 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from longlive.errors import InputError
 from longlive.training.checkpoint import Checkpoints
 from longlive.training.clock import Clock, Spans
 from longlive.training.draw import Draw
 from longlive.training.ema import EMA
 from longlive.training.metrics import Metrics
+from longlive.training.muon import Muon
 from longlive.training.parallel import Group, like, local, whole
 from longlive.training.stage import Stage
 
@@ -40,21 +42,23 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW. The learning rate rises linearly over `warmup_steps` and falls to `final_lr_ratio` of it at the end of
-    training by a half cosine; a ratio of 1 keeps it. Gradients are clipped to `max_grad_norm`."""
+    """AdamW, and Muon for the matrices of the blocks where `muon_lr` is not 0. Learning rates rise linearly over
+    `warmup_steps` and fall to `final_lr_ratio` of themselves at the end of training by a half cosine; a ratio of 1 keeps
+    them. Gradients are clipped to `max_grad_norm`."""
 
     lr: float
+    muon_lr: float = 0.0
     betas: tuple[float, float] = (0.0, 0.999)
     weight_decay: float = 0.01
     max_grad_norm: float = 10.0
     warmup_steps: int = 0
     final_lr_ratio: float = 1.0
 
-    def lr_at(self, step: int, num_steps: int) -> float:
-        """The learning rate of step number `step`, from 0, of `num_steps`."""
+    def share_at(self, step: int, num_steps: int) -> float:
+        """The share of the learning rates in step number `step`, from 0, of `num_steps`."""
         warmup = min(1.0, (step + 1) / (self.warmup_steps + 1))
         fall = 0.5 * (1 + math.cos(math.pi * step / num_steps))
-        return self.lr * warmup * (self.final_lr_ratio + (1 - self.final_lr_ratio) * fall)
+        return warmup * (self.final_lr_ratio + (1 - self.final_lr_ratio) * fall)
 
 
 @dataclass(frozen=True)
@@ -97,14 +101,13 @@ class Network:
             self.parameters = {name: nn.Parameter(p.detach()) for name, p in self._copies.items()}
             for copy in self._copies.values():
                 copy.data = copy.detach().to(compute_dtype)
+        matrices = self._block_matrices() if optimizer.muon_lr else {}
+        self.muon = Muon(matrices.values(), optimizer.muon_lr, optimizer.weight_decay) if matrices else None
+        others = [parameter for name, parameter in self.parameters.items() if name not in matrices]
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=optimizer.lr,
-            betas=optimizer.betas,
-            weight_decay=optimizer.weight_decay,
-            fused=True,
+            others, lr=optimizer.lr, betas=optimizer.betas, weight_decay=optimizer.weight_decay, fused=True
         )
-        for parameter in self.parameters.values():  # there from the start, to be loaded into
+        for parameter in others:  # there from the start, to be loaded into
             zeros = {name: torch.zeros_like(parameter.detach()) for name in ("exp_avg", "exp_avg_sq")}
             step = torch.zeros((), device=local(parameter.detach()).device)
             self.optimizer.state[parameter] = {"step": step, **zeros}
@@ -138,10 +141,13 @@ class Network:
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         norms = whole(torch.stack(torch._foreach_norm(list(gradients.values()))))
         nn.utils.clip_grads_with_norm_(self.parameters.values(), config.max_grad_norm, norms.norm())
-        for group in self.optimizer.param_groups:
-            group |= {"lr": config.lr_at(step, num_steps), "betas": config.betas, "weight_decay": config.weight_decay}
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        share = config.share_at(step, num_steps)
+        for optimizer, lr in ((self.optimizer, config.lr), (self.muon, config.muon_lr)):
+            if optimizer is not None:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * share
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
         self._write_copies()
         if self.ema is not None:
             if step + 1 >= self.ema_config.start_step:
@@ -154,6 +160,13 @@ class Network:
     def _write_copies(self) -> None:
         if self._copies:
             torch._foreach_copy_(list(self._copies.values()), list(self.parameters.values()))
+
+    def _block_matrices(self) -> dict[str, nn.Parameter]:
+        """The parameters that are matrices of blocks. Raises InputError where they are sharded."""
+        found = {name: p for name, p in self.parameters.items() if name.startswith("blocks.") and p.ndim == 2}
+        if any(isinstance(p, DTensor) for p in found.values()):
+            raise InputError(f"muon_lr={self.config.muon_lr}: Muon needs whole matrices, and so a single process")
+        return found
 
     def _local_parameters(self) -> list[Tensor]:
         return [local(parameter.detach()) for parameter in self.parameters.values()]
@@ -176,11 +189,16 @@ class Network:
         """Everything that training changes, sharded as it is and in place."""
         state: dict[str, Any] = {
             "weights": {name: parameter.detach() for name, parameter in self.parameters.items()},
-            "optimizer": {name: self.optimizer.state[parameter] for name, parameter in self.parameters.items()},
+            "optimizer": {name: self._moments(parameter) for name, parameter in self.parameters.items()},
         }
         if self.ema is not None:
             state["ema"] = self._average()
         return state
+
+    def _moments(self, parameter: Tensor) -> dict[str, Any]:
+        """What an optimiser keeps of a parameter."""
+        optimizer = self.muon if self.muon is not None and parameter in self.muon.state else self.optimizer
+        return optimizer.state[parameter]
 
     def restored(self) -> None:
         """What `state()` refers to has been overwritten."""
