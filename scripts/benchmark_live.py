@@ -106,7 +106,7 @@ class Viewer:
 
 
 def prompt(number: int) -> str:
-    return f"A big {COLOURS[number % len(COLOURS)]} star spins on a black background."
+    return f"A big {COLOURS[number % len(COLOURS)]} star stands still on a black background."
 
 
 def rss_mb(pid: int) -> float:

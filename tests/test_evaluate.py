@@ -279,7 +279,7 @@ def test_changed_attributes_are_told() -> None:
     look = Look("red", "star", "big", "still")
     pair = Caption("grey", (look, replace(look, colour="blue")))
     assert changed_attributes(pair, pair) == []
-    other = Caption("white", (look, replace(look, colour="blue", motion="spin")))
+    other = Caption("white", (look, replace(look, colour="blue", motion="sway")))
     assert set(changed_attributes(pair, other)) == {"background", "motion"}
 
 

@@ -28,7 +28,7 @@ Page = Any
 
 pytestmark = pytest.mark.browser
 
-RED, BLUE = "A big red star spins on a white background.", "A big blue star spins on a black background."
+RED, BLUE = "A big red star stands still on a white background.", "A big blue star stands still on a black background."
 SEED = 7
 TIMEOUT_MS = 60_000
 SAME_LEVELS, OTHER_LEVELS = 1.0, 3.0  # mean difference of videos of one prompt and of two

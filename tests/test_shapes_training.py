@@ -53,7 +53,7 @@ def test_every_stage_trains(stage: str, losses: set[str], runs: Path) -> None:
 
 def test_what_comes_out_makes_videos(runs: Path, tmp_path: Path) -> None:
     config = f"--config_path={runs}/train_long/inference.yaml"
-    prompt = "prompt=A big red star spins on a white background."
+    prompt = "prompt=A big red star bounces on a white background."
     assert cli.main(["inference", config, prompt, "num_output_frames=6", f"output_folder={tmp_path}"]) == 0
     assert len(list(tmp_path.glob("*.mp4"))) == 1
 
