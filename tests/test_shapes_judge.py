@@ -12,7 +12,7 @@ from torch.nn.functional import conv2d, pad
 
 from longlive.data.shapes.clips import HELD_OUT, scene_number
 from longlive.data.shapes.render import render
-from longlive.data.shapes.world import Caption, Look, Scene, continued, scene_of, switched
+from longlive.data.shapes.world import Body, Caption, Look, Scene, Track, continued, scene_of, switched
 from longlive.errors import InputError
 from longlive.eval.judge import (
     CAPTIONED,
@@ -169,6 +169,14 @@ def test_a_smear_is_no_figure() -> None:
     frames = video(Caption("white", (Look("red", "cross", "big", "left"),))).float()
     smeared = sum(frames.roll(shift, dims=0) for shift in range(12)) / 12
     assert not judge(smeared[12:].round().to(torch.uint8)).is_clean
+
+
+def test_a_marker_beside_a_body_is_told() -> None:
+    """Of the post only its lower part is far enough from the body to be looked at."""
+    look = replace(STAR.looks[0], shape="cross", size="small")
+    body = Body(look, 0.5, Track(13.8, 37.9, 0.0))
+    scene = Scene("white", (body,), "whole", ("post", "bottom left"), 0)
+    assert judge(render([scene], 0, 1)[0]).marker == scene.marker
 
 
 def moved(scene: Scene, dx: float = 0.0, tint: float = 0.0, marker: tuple[str, str] | None = None) -> Scene:

@@ -52,7 +52,7 @@ _CLEAN_EDGE = 2.7  # px, widest outline of a body
 _CLEAN_STRAYS = 25  # most px that belong to nothing
 _CLEAN_SHARE = 0.9  # of the frames
 _MARKER_DICE = 0.6
-_MARKER_SEEN = 0.75  # share of the marker that must have been seen
+_MARKER_SEEN = 0.5  # share of the marker that must have been seen
 _PLACE_TOLERANCE = 2.0  # px
 _TINT_TOLERANCE = 0.2
 
@@ -276,15 +276,13 @@ def _shortest(away: Array) -> Array:
 
 def _read_body(window: Measures, slot: int) -> BodyReading:
     seen = window.present[:, slot]
-    frames = np.flatnonzero(seen).astype(float)
     names, tints = _name_colours(window.colours[seen, slot])
     colour = int(np.bincount(names + 1).argmax()) - 1  # −1 for none
     shares = window.dice[seen, slot].mean(axis=0)
     number = int(shares.argmax())
     radii = np.sqrt(window.areas[seen, slot] / unit_areas()[number])
-    motion, x, y = None, None, None
-    if len(window.present) >= MOTION_FRAMES:
-        motion, x, y = _read_motion(frames, window.places[seen, slot])
+    has_motion = len(window.present) >= MOTION_FRAMES
+    motion, x, y = _read_motion(np.flatnonzero(seen), window.places[seen, slot]) if has_motion else (None, None, None)
     edges = window.halftones[seen, slot] / (unit_outlines()[number] * radii)
     radius = float(np.median(radii))
     has_place = len(window.present) >= PLACE_FRAMES
@@ -319,7 +317,7 @@ def _nearest_background(rgb: Array) -> str | None:
     return nearest if misses[nearest] < _COLOUR_LIMIT else None
 
 
-def _read_motion(frames: Array, places: Array) -> tuple[str | None, float | None, float | None]:
+def _read_motion(frames: NDArray[np.intp], places: Array) -> tuple[str | None, float | None, float | None]:
     """The motion of a body at places [n, 2], None for none of the world's, and the place it is about."""
     steps = _shortest(np.diff(places, axis=0))
     x, y = np.concatenate([places[:1], places[:1] + np.cumsum(steps, axis=0)]).T

@@ -26,7 +26,7 @@ class Fit:
     y: float | None
 
 
-def fit_places(frames: Array, x: Array, y: Array) -> Fit:
+def fit_places(frames: NDArray[np.intp], x: Array, y: Array) -> Fit:
     """The travel, swing, hop or rest that explains places x, y [n] (unwrapped, px) at these frames best.
 
     Every motion is fitted with its period and phase free; more parameters must pay by the Bayesian information

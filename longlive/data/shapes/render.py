@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longlive.data.shapes.world import BACKGROUNDS, CORNERS, HEIGHT, SHAPES, WIDTH, Scene, poses
 
-PATCH = 36  # px, of more than twice the largest radius
+PATCH = 36  # px, of more than the widest figure, a big star
 
 _RING_WIDTH = 0.42  # of the radius
 _ARM_WIDTH = 0.32  # half the width of a cross's arm, of the radius

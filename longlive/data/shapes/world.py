@@ -49,7 +49,7 @@ COLOURS: dict[str, tuple[Rgb, Rgb]] = {  # the darkest and the lightest tint
     "pink": ((226, 84, 160), (255, 152, 206)),
 }
 SHAPES = ("circle", "ring", "square", "cross", "triangle", "star")
-SIZES: dict[str, float] = {"small": 10.0, "big": 15.0}  # circumradius, px
+SIZES: dict[str, float] = {"small": 10.0, "big": 15.0}  # radius, px: of most figures their circumradius
 MOTIONS: dict[str, Motion] = {
     "left": Motion(velocity=(-SPEED, 0.0)),
     "right": Motion(velocity=(SPEED, 0.0)),
