@@ -59,7 +59,7 @@ SETTINGS: dict[str, Any] = {  # small and quick
 }
 REPLIES = {"hello", "session", "state", "branches", "stream", "block", "switch", "notice", "ok", "pong", "error"}
 PROTOCOL = (ROOT / "docs" / "PROTOCOL.md").read_text(encoding="utf-8")
-RED, BLUE, GREEN = (f"a big {colour} star spins on a black background" for colour in ("red", "blue", "green"))
+RED, BLUE, GREEN = (f"a big {colour} circle moves left on a black background" for colour in ("red", "blue", "green"))
 
 
 class Server:
