@@ -297,7 +297,9 @@ def in_browser(url: str, num_prompts: int) -> dict[str, Any]:
     return result
 
 
-def summary(values: Sequence[float]) -> dict[str, float]:
+def summary(values: Sequence[float]) -> dict[str, float] | None:
+    if not values:
+        return None
     return {name: round(of(values), 2) for name, of in (("median", statistics.median), ("min", min), ("max", max))}
 
 
