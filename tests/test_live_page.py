@@ -636,7 +636,7 @@ def test_nothing_moves_while_it_plays(open_page: OpenPage, screenshots: Path) ->
               if (value > 0.001) window.shifts.push([value, ...sources.map(place)]);
             }
           };
-          new PerformanceObserver(add).observe({ type: "layout-shift", buffered: true });
+          new PerformanceObserver(add).observe({ type: "layout-shift" });
         }"""
     )
     viewer.send(FIRST)
