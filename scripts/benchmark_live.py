@@ -2,10 +2,18 @@
 
 python scripts/benchmark_live.py --seconds 600 [key=value ...]
 
-A viewer of the protocol for some minutes: frame rate, stalls, time from prompt to picture, memory. It plays at the
-content's frame rate what it has received and types a prompt now and then. Meanwhile others come and go (--connects of
-them, one after the other), and one opens a session and never reads. memory_mb: of the processes, after a tenth of the
-time and at the end; on_disk_mb: what all sessions have made, which the server keeps there, at the same times.
+First, with --blocks N, a viewer that takes N blocks as fast as they are made: full_speed_fps is what the server can do.
+Then one for some minutes who plays in real time what it has received and types a prompt now and then. Meanwhile others
+come and go (--connects of them, one after the other; 0: none), and one opens a session and never reads.
+
+    first_picture_s       from opening the session to its first block
+    fps, kept_up          shown in a second, from the first picture on; whether that is the content's, within 1 %
+    prompt_to_received_s  from sending a prompt to having received the first block made under it
+    prompt_to_shown_s     to its first picture shown, after all that was received before
+    block_s               what a block takes, as the server tells
+    memory_mb             of the processes, after a tenth of the time and at the end
+    on_disk_mb            what all sessions have made, which the server keeps there, at the same times
+    gpu                   with NVIDIA's driver: its name, the memory in use at most
 
 python scripts/benchmark_live.py --browser [key=value ...]
 
@@ -25,8 +33,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +44,9 @@ from longlive.web.client import LiveClient, Media
 
 COLOURS = ("red", "blue", "green", "yellow", "pink")
 PERIOD_S = 0.1  # between reports of what has been played
+SAMPLE_S = 5.0  # between readings of the memory
+WARM_UP_BLOCKS = 8
+SILENCE_S = 600.0  # blocks may be compiled before the first one comes
 log = logging.getLogger("benchmark_live")
 
 # Which video frame is shown when. Of the first branch the times in the browser's clock are those of the branch.
@@ -54,30 +67,39 @@ RECORD = """
 
 
 class Viewer:
-    """Plays a session in real time. shown: (when, first video frame of the new prompt) of every switch to come."""
+    """Plays a session in real time, and types prompts at moments that have nothing to do with the blocks."""
 
     def __init__(self, url: str) -> None:
-        self.client = LiveClient(url, plays=False)
-        self.received = self.played = self.stalled_s = 0.0
-        self.latencies_s: list[float] = []
-        self._sent_at: float | None = None
-        self._awaited: float | None = None  # video frame from which the newest prompt is seen
+        self.client = LiveClient(url, plays=False, timeout_s=SILENCE_S)
+        self.received = self.played = self.stalled_s = self.first_picture_s = 0.0
+        self.to_received_s: list[float] = []
+        self.to_shown_s: list[float] = []
+        self.block_s: list[float] = []
+        self._prompt = prompt(0)
+        self._sent_at: float | None = None  # when the newest prompt was, until it is shown
+        self._awaited: int | None = None  # video frame from which it is
         self._lock = threading.Lock()
 
     def run(self, seconds: float, switch_s: float) -> None:
+        """From the first picture on."""
+        between, number = random.Random(0), 0
         with self.client:
-            self.client.open(prompt=prompt(0), seed=1)
+            opened = time.monotonic()
+            self.client.open(prompt=self._prompt, seed=1)
             threading.Thread(target=self._receive, daemon=True).start()
+            while not self.received:
+                time.sleep(0.01)
             begin = last = time.monotonic()
-            number, next_switch = 0, begin + switch_s
+            self.first_picture_s = begin - opened
+            next_switch = begin + switch_s
             while (now := time.monotonic()) < begin + seconds:
                 self._play(now - last)
                 last = now
                 if now >= next_switch:
-                    number, next_switch = number + 1, now + switch_s
+                    number, next_switch = number + 1, now + switch_s * between.uniform(0.7, 1.3)
                     with self._lock:
-                        self._sent_at, self._awaited = now, None
-                    self.client.send("prompt", text=prompt(number))
+                        self._prompt, self._sent_at, self._awaited = prompt(number), now, None
+                    self.client.send("prompt", text=self._prompt)
                 self.client.send("played", epoch=self.client.epoch, video_frame=int(self.played))
                 time.sleep(PERIOD_S)
             self.client.send("end")
@@ -85,11 +107,11 @@ class Viewer:
     def _play(self, elapsed_s: float) -> None:
         fps = self.client.hello["fps"]
         with self._lock:
-            if self.received and self.played >= self.received:
-                self.stalled_s += elapsed_s
-            self.played = min(self.played + elapsed_s * fps, self.received)
+            can_play_s = (self.received - self.played) / fps
+            self.stalled_s += max(0.0, elapsed_s - can_play_s)
+            self.played += min(elapsed_s, can_play_s) * fps
             if self._awaited is not None and self._sent_at is not None and self.played > self._awaited:
-                self.latencies_s.append(time.monotonic() - self._sent_at)
+                self.to_shown_s.append(time.monotonic() - self._sent_at)
                 self._sent_at = self._awaited = None
 
     def _receive(self) -> None:
@@ -99,14 +121,18 @@ class Viewer:
                 with self._lock:
                     if isinstance(item, Media):
                         self.received = max(self.received, item.video_frame + item.num_video_frames)
-                    elif item["type"] == "switch":
+                        if item.video_frame == self._awaited and self._sent_at is not None:
+                            self.to_received_s.append(time.monotonic() - self._sent_at)
+                    elif item["type"] == "switch" and item["text"] == self._prompt:
                         self._awaited = item["video_frame"]
+                    elif item["type"] == "block":
+                        self.block_s.append(item["seconds"])
         except Exception as error:  # the session has ended
             log.info("the viewer's connection: %s", error)
 
 
 def prompt(number: int) -> str:
-    return f"A big {COLOURS[number % len(COLOURS)]} star stands still on a black background."
+    return f"A big {COLOURS[number % len(COLOURS)]} circle moves left on a black background."
 
 
 def rss_mb(pid: int) -> float:
@@ -116,8 +142,21 @@ def rss_mb(pid: int) -> float:
 
 def processes(server: int) -> dict[str, int]:
     """The server and its engine, which is the child that takes most memory."""
-    children = [int(pid) for pid in Path(f"/proc/{server}/task/{server}/children").read_text().split()]
+    children = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            if int(path.read_text().rpartition(")")[2].split()[1]) == server:
+                children.append(int(path.parent.name))
     return {"server": server, "engine": max(children, key=rss_mb)}
+
+
+def gpu() -> tuple[str, int] | None:
+    """The first GPU's name and how much of its memory is in use, MB; None where there is no NVIDIA driver."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=name,memory.used", "--format=csv,noheader,nounits"]
+    name, used = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].split(", ")
+    return name, int(used)
 
 
 def others(url: str, connects: int, period_s: float, stop: threading.Event) -> None:
@@ -136,10 +175,14 @@ def others(url: str, connects: int, period_s: float, stop: threading.Event) -> N
 def serving(settings: Sequence[str]) -> Iterator[tuple[int, str]]:
     """A server with its models loaded: process and address."""
     command = [sys.executable, "-m", "longlive", "serve", "port=0", *settings]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
-        assert server.stdout is not None
-        url = next(found[0] for line in server.stdout if (found := re.findall(r"http://\S+:\d+", line)))
-        threading.Thread(target=lambda: [None for _ in server.stdout or ()], daemon=True).start()
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        said = relayed(server.stderr)
+        found = next((found for line in said if (found := re.search(r"http://\S+:\d+", line))), None)
+        if found is None:
+            sys.exit("the server did not start")
+        url = found[0]
+        threading.Thread(target=deque, args=(said, 0), daemon=True).start()  # so that it never waits for a full pipe
         while LiveClient(url).get("/api/health").find(b'"ready"') < 0:
             time.sleep(0.5)
         try:
@@ -148,30 +191,61 @@ def serving(settings: Sequence[str]) -> Iterator[tuple[int, str]]:
             server.terminate()
 
 
+def relayed(lines: Iterable[str]) -> Iterator[str]:
+    """The same lines, said here too."""
+    for line in lines:
+        sys.stderr.write(line)
+        yield line
+
+
+def at_full_speed(url: str, num_blocks: int) -> float:
+    """Video frames a second that a viewer gets who takes every block at once, from a full window on."""
+    with LiveClient(url, timeout_s=SILENCE_S) as viewer:
+        viewer.open(prompt=prompt(0), seed=0)
+        list(viewer.blocks(WARM_UP_BLOCKS))
+        begin = time.monotonic()
+        num_video_frames = sum(block.told["num_video_frames"] for block in viewer.blocks(num_blocks))
+        passed_s = time.monotonic() - begin
+        viewer.request("end")
+    return num_video_frames / passed_s
+
+
 def soak(server: int, url: str, seconds: float, switch_s: float, connects: int) -> dict[str, Any]:
     """One viewer who stays, and others."""
     viewer, stop, memory, kept = Viewer(url), threading.Event(), list[dict[str, float]](), list[float]()
     around = (url, connects, seconds * 0.8 / max(connects, 1), stop)
+    gpus: list[tuple[str, int] | None] = []
 
     def watch() -> None:
-        while not stop.wait(5):
+        while True:
             kept.append(json.loads(LiveClient(url).get("/api/health"))["kept_bytes"] / 1e6)
             memory.append({name: rss_mb(pid) for name, pid in processes(server).items()})
+            gpus.append(gpu())
+            if stop.wait(SAMPLE_S):
+                return
 
-    threading.Thread(target=others, args=around, daemon=True).start()
+    if connects:
+        threading.Thread(target=others, args=around, daemon=True).start()
     threading.Thread(target=watch, daemon=True).start()
     viewer.run(seconds, switch_s)
     stop.set()
-    early, late = len(kept) // 10, len(kept) - 1
+    early, late, fps = len(kept) // 10, len(kept) - 1, viewer.client.hello["fps"]
     return {
+        **{name: viewer.client.hello[name] for name in ("model", "height", "width")},
+        "torch": version("torch"),
         "seconds": seconds,
+        "first_picture_s": round(viewer.first_picture_s, 2),
         "played_video_frames": int(viewer.played),
         "fps": round(viewer.played / seconds, 2),
+        "kept_up": viewer.played / seconds >= 0.99 * fps,
         "stalled_s": round(viewer.stalled_s, 2),
-        "prompts": len(viewer.latencies_s),
-        "prompt_to_picture_s": summary(viewer.latencies_s),
+        "prompts": len(viewer.to_shown_s),
+        "prompt_to_received_s": summary(viewer.to_received_s),
+        "prompt_to_shown_s": summary(viewer.to_shown_s),
+        "block_s": summary(viewer.block_s),
         "memory_mb": {name: [round(memory[i][name], 1) for i in (early, late)] for name in memory[early]},
         "on_disk_mb": [round(kept[i], 1) for i in (early, late)],
+        "gpu": max(gpus, key=lambda used: used or ("", 0)),
         "connects": connects,
     }
 
@@ -223,7 +297,9 @@ def in_browser(url: str, num_prompts: int) -> dict[str, Any]:
     return result
 
 
-def summary(values: Sequence[float]) -> dict[str, float]:
+def summary(values: Sequence[float]) -> dict[str, float] | None:
+    if not values:
+        return None
     return {name: round(of(values), 2) for name, of in (("median", statistics.median), ("min", min), ("max", max))}
 
 
@@ -232,6 +308,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--switch-s", type=float, default=15.0, help="seconds between prompts")
     parser.add_argument("--connects", type=int, default=50)
+    parser.add_argument("--blocks", type=int, default=0, help="to take at full speed first")
     parser.add_argument("--browser", action="store_true", help="measure in the page instead")
     parser.add_argument("--prompts", type=int, default=20, help="of --browser")
     parser.add_argument("settings", nargs="*", metavar="key=value")
@@ -240,7 +317,8 @@ def main() -> None:
         if args.browser:
             result = in_browser(url, args.prompts)
         else:
-            result = soak(server, url, args.seconds, args.switch_s, args.connects)
+            full_speed = {"full_speed_fps": round(at_full_speed(url, args.blocks), 2)} if args.blocks else {}
+            result = full_speed | soak(server, url, args.seconds, args.switch_s, args.connects)
     sys.stdout.write(json.dumps(result) + "\n")
 
 

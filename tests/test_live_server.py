@@ -32,9 +32,9 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from longlive.build import choose_device, choose_model, load_models, load_scripts, make_session_config
 from longlive.config import InferenceConfig, load_config
 from longlive.inference.pipeline import load_clip, play
-from longlive.inference.session import Session
+from longlive.inference.session import Past, Session
 from longlive.web.client import LiveClient, LiveError, Media
-from longlive.web.engine import to_tensor
+from longlive.web.engine import to_tensor, warm_up
 from longlive.web.hall import Hall
 from longlive.web.serve_config import ServeConfig
 from longlive.web.server import make_app
@@ -59,7 +59,7 @@ SETTINGS: dict[str, Any] = {  # small and quick
 }
 REPLIES = {"hello", "session", "state", "branches", "stream", "block", "switch", "notice", "ok", "pong", "error"}
 PROTOCOL = (ROOT / "docs" / "PROTOCOL.md").read_text(encoding="utf-8")
-RED, BLUE, GREEN = (f"a big {colour} star stands still on a black background" for colour in ("red", "blue", "green"))
+RED, BLUE, GREEN = (f"a big {colour} circle moves left on a black background" for colour in ("red", "blue", "green"))
 
 
 class Server:
@@ -232,6 +232,35 @@ def test_picture_to_start_from(server: Server, client: LiveClient, tmp_path: Pat
     assert found[0].shape[1] == 1
     assert begins_with(server.latents(client, 1), found)
     assert not torch.equal(found[1], server.latents(client, 2)[0])
+
+
+@pytest.mark.slow
+def test_nothing_is_compiled_for_a_viewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the engine is warm: neither for blocks nor for switches, nor to take up a session again."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
+    settings = [
+        "model_name=tiny",
+        "height=32",
+        "width=32",
+        "denoising_step_list=1000",
+        "model_kwargs.local_attn_size=6",
+    ]
+    config = choose_model(*load_config(InferenceConfig, ROOT / "configs" / "longlive_inference.yaml", settings))
+    models, session_config = load_models(config, choose_device("cpu")), make_session_config(config)
+    for module in (*models.generator.blocks, models.vae.decoder):
+        module.compile(backend="eager")
+    warm_up(models, session_config)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        session = Session(models, session_config, [1])
+        past = []
+        for prompt in (RED, BLUE, BLUE, RED, GREEN, GREEN):
+            session.set_prompt(prompt)
+            past.append(Past((prompt,), session.next_chunk().latents))
+        again = Session(models, session_config, [1])
+        list(again.resume(past))
+        assert torch.equal(again.next_chunk().latents, session.next_chunk().latents)
+    torch.compiler.reset()
 
 
 def test_pictures_instead_of_mp4(client: LiveClient) -> None:

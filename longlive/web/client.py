@@ -1,7 +1,7 @@
 """A small client of the live protocol (docs/PROTOCOL.md), synchronous: for tests, scripts and notebooks.
 
 with LiveClient("http://127.0.0.1:8000") as client:
-    client.open(prompt="a big red star bounces on a black background", seed=7)
+    client.open(prompt="a big red circle moves left on a black background", seed=7)
     for block in client.blocks(4):
         ...
 """

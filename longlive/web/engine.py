@@ -59,6 +59,8 @@ def run(connection: Connection, config: ServeConfig, explicit: frozenset[str]) -
         # The sizes of the built-in model are those of a configuration of inference.
         chosen = choose_model(config, explicit)
         models = load_models(chosen, choose_device(chosen.device))
+        if chosen.compile:
+            warm_up(models, make_session_config(chosen))
         engine = Engine(models, chosen, send)
         mime = Mp4Stream(chosen.fps, chosen.height, chosen.width, chosen.crf).mime
     except InputError as error:
@@ -68,6 +70,15 @@ def run(connection: Connection, config: ServeConfig, explicit: frozenset[str]) -
     size = chosen.model_name, chosen.height, chosen.width, chosen.fps
     send(Ready(*size, block, factor, mime, picture_settings(chosen)))
     engine.serve(connection)
+
+
+def warm_up(models: Models, config: SessionConfig) -> None:
+    """Have compiled what sessions run before a viewer waits for it: blocks and switches until the window is full."""
+    session = Session(models, config, [0])
+    for number in range(max(config.cache.window_frames, 0) // config.sampler.frames_per_block + 2):
+        session.set_prompt(str(number))
+        session.next_chunk()
+    session.close()
 
 
 def picture_settings(config: InferenceConfig) -> dict[str, Any]:

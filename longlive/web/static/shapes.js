@@ -3,13 +3,13 @@
 const COLOURS = ["red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink"];
 const SHAPES = ["star", "square", "triangle", "cross", "circle", "ring"];
 const BACKGROUNDS = ["black", "white", "grey", "sand"];
-const MOTIONS = ["bounces", "orbits", "sways", "rises", "sinks", "zigzags", "drifts to the right", "stands still"];
+const MOTIONS = ["bounces", "orbits", "sways", "rises", "sinks", "zigzags", "drifts to the right", "drifts to the left"];
 
 const EXAMPLES = [
-  "A big red star bounces on a black background.",
-  "A big blue triangle sways on a white background.",
+  "A big red square rises on a black background.",
+  "A big blue triangle bounces on a white background.",
   "A small yellow circle orbits on a grey background.",
-  "A big green cross rises on a sand background.",
+  "A big green cross sways on a sand background.",
 ];
 
 /** Prompts that differ from this one in one thing: { label, text }. Those of a prompt that they do not fit: the examples. */
@@ -21,10 +21,10 @@ export function suggestions(prompt) {
     swap(prompt, BACKGROUNDS.map((word) => `${word} background`), (words) => `on ${words.split(" ")[0]}`),
     swap(prompt, ["big", "small"], (word) => word),
   ].filter((variant) => variant !== null);
-  return variants.length === 5 ? variants : EXAMPLES.map((text) => ({ label: text.replace(" background.", ""), text }));
+  return variants.length === 5 ? variants : EXAMPLES.map((text) => ({ label: text.replace(/a (\w+) background\./, "$1"), text }));
 }
 
-/** The prompt with its only one of `words` replaced by the next; null where there is none, or several. */
+/** The prompt with its only word of `words` replaced by the next; null where there is none, or several. */
 function swap(prompt, words, name) {
   const found = words.filter((word) => new RegExp(`\\b${word}\\b`, "i").test(prompt));
   if (found.length !== 1) return null;
