@@ -1,8 +1,8 @@
 """Muon: steps along the orthogonal factor of the momentum, for the weight matrices of a transformer's blocks.
 
-Jordan et al. 2024; the length of a step is that of Moonlight (arXiv 2502.16982), so that learning rates are like AdamW's.
-`torch.optim.Muon` takes the same steps matrix by matrix, which is some 2,000 small kernels for eight blocks; here all
-matrices of one shape are done together.
+Jordan et al. 2024; the length of a step is that of Moonlight (arXiv 2502.16982), so that learning rates are like
+AdamW's. `torch.optim.Muon` takes the same steps matrix by matrix, which is some 2,000 small kernels for eight blocks;
+here all matrices of one shape are done together.
 """
 
 import math

@@ -43,8 +43,8 @@ class NonFiniteError(RuntimeError):
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW, and Muon for the matrices of the blocks where `muon_lr` is not 0. Learning rates rise linearly over
-    `warmup_steps` and fall to `final_lr_ratio` of themselves at the end of training by a half cosine; a ratio of 1 keeps
-    them. Gradients are clipped to `max_grad_norm`."""
+    `warmup_steps` and fall to `final_lr_ratio` of themselves at the end of training by a half cosine; a ratio of 1
+    keeps them. Gradients are clipped to `max_grad_norm`."""
 
     lr: float
     muon_lr: float = 0.0
