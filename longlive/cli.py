@@ -7,6 +7,7 @@ saved and ends with 0. Heavy modules are imported by the command that needs them
 
 import argparse
 import errno
+import io
 import logging
 import os
 import sys
@@ -242,6 +243,8 @@ def _live(argv: Sequence[str]) -> None:
 
     from longlive.web.terminal import live
 
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # what is no text
     live(config, explicit, sys.stdin)
 
 

@@ -155,6 +155,12 @@ class Viewer:
         self.page.fill("#prompt", prompt)
         self.page.press("#prompt", "Enter")
 
+    def switch_to(self, prompt: str) -> None:
+        """Send the second prompt of a branch and wait for its first picture."""
+        self.send(prompt)
+        self.page.wait_for_function("() => document.querySelectorAll('#track-prompts span').length === 2")
+        self.page.wait_for_function("() => document.querySelector('#message').textContent === ''")
+
     def capture(self, first: int, count: int) -> dict[int, Frames]:
         """What is on the screen from video frame `first` on: `count` frames [height, width, 3] by their number."""
         taken = self.page.evaluate(CAPTURE, [first, count])
@@ -248,9 +254,7 @@ def test_plays_what_is_typed_and_follows_the_next_prompt(open_page: OpenPage, sc
     assert times == sorted(set(times))
     before = viewer.capture(13, 12)
 
-    viewer.send(THEN)
-    page.wait_for_function("() => document.querySelectorAll('#track-prompts span').length === 2")
-    page.wait_for_function("() => document.querySelector('#message').textContent === ''")  # its first picture was shown
+    viewer.switch_to(THEN)
     after = viewer.capture(viewer.shown + SETTLED, 36)
     assert float(re.fullmatch(r"([\d.]+) s", page.inner_text("#latency"))[1]) > 0  # type: ignore[index]
     assert re.fullmatch(r"[\d.]+ fps", page.inner_text("#speed"))
@@ -377,8 +381,7 @@ def test_pictures_where_video_cannot_be_played(open_page: OpenPage, screenshots:
     assert page.is_visible("#canvas")
     assert not page.is_visible("#video")
     shown = viewer.capture(12, 24)
-    viewer.send(THEN)
-    page.wait_for_function("() => document.querySelector('#latency').textContent.endsWith(' s')")
+    viewer.switch_to(THEN)
     page.screenshot(path=screenshots / "webp.png")
     made = viewer.video(1)
     assert min(frame.std() for frame in shown.values()) > 5

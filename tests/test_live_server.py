@@ -99,6 +99,14 @@ class Server:
         self._thread.join(20)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """In the engines too, so that they compute what these tests do, bit for bit (see conftest.py)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     running = Server()
@@ -610,7 +618,8 @@ def test_fuzzer(server: Server, number: int, caplog: pytest.LogCaptureFixture) -
 def run_command(*arguments: str, stdin: int = subprocess.PIPE) -> "subprocess.Popen[str]":
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "longlive", *arguments]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdin=stdin, text=True)
+    pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "stdin": stdin, "text": True, "errors": "surrogateescape"}
+    return subprocess.Popen(command, env=environment, **pipes)
 
 
 def test_command_serves_until_it_is_interrupted() -> None:
@@ -664,6 +673,16 @@ def test_live_in_a_terminal_of_its_own(tmp_path: Path) -> None:
         "seed": 4,
         "num_output_frames": 9,
     }
+
+
+def test_live_says_what_it_cannot_show(tmp_path: Path) -> None:
+    settings = ["model_name=tiny", "height=32", "width=32", "denoising_step_list=1000, 500"]
+    process = run_command("live", f"output_folder={tmp_path}", *settings)
+    _, told = process.communicate(f"{RED}\na fox \udcff\n")  # a byte that is no text
+    assert process.returncode == 0, told
+    assert told.count("does not know this prompt") == 1
+    (script,) = tmp_path.glob("live-*.jsonl")
+    assert json.loads(script.read_text(encoding="utf-8"))["prompts"] == [RED, "a fox \ufffd"]
 
 
 def test_command_ends_though_nobody_is_left_to_tell() -> None:

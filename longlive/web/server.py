@@ -267,7 +267,8 @@ async def _read(websocket: WebSocket, conversation: Conversation) -> None:
 
 async def _write(websocket: WebSocket, viewer: Viewer) -> None:
     """Send what waits for the viewer, until the connection is to be closed."""
-    with suppress(WebSocketDisconnect):  # `_read` sees it too
+    # The viewer has gone, or uvicorn has closed a connection on which too large a message came: `_read` sees it too.
+    with suppress(WebSocketDisconnect, RuntimeError):
         while (item := await viewer.next()) is not None:
             if isinstance(item, bytes):
                 await websocket.send_bytes(item)

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TextIO
 
 from longlive.build import choose_device, choose_model, load_models, make_session_config
+from longlive.builtin import BUILTIN
 from longlive.config import InferenceConfig
+from longlive.data.shapes.captions import parse
 from longlive.errors import InputError
 from longlive.inference.pipeline import load_clip, on_host
 from longlive.inference.session import Chunk, Session
@@ -70,6 +72,8 @@ def live(config: InferenceConfig, explicit: frozenset[str], lines: TextIO) -> No
         if clip is not None:
             _write(writer, session.start_from(clip))
         while prompt is not None:
+            if config.model_name == BUILTIN and prompt not in story.prompts:
+                parse(prompt)  # warns of what the model does not know
             session.set_prompt(prompt)
             chunk = session.next_chunk()
             story.add(prompt, chunk.latents.shape[1])
