@@ -22,7 +22,7 @@ BUILTIN_HEIGHT_PX, BUILTIN_WIDTH_PX = HEIGHT, WIDTH
 BUILTIN_TIMESTEP_SHIFT = 15.0  # as in configs/shapes_train_long.yaml
 
 TEXT = TextEncoderConfig(
-    vocab_size=128, dim=64, dim_attn=64, dim_ffn=128, num_heads=8, num_layers=1, text_len=32, max_distance=32
+    vocab_size=128, dim=128, dim_attn=128, dim_ffn=256, num_heads=8, num_layers=1, text_len=32, max_distance=32
 )
 
 _NEIGHBOURS = (-4, -3, -2, -1, 1, 2, 3, 4)

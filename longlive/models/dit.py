@@ -60,7 +60,7 @@ class DiTConfig:
 PRESETS = {
     "1.3B": DiTConfig(),
     "14B": DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
-    "tiny": DiTConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=8, freq_dim=64, text_dim=64),
+    "tiny": DiTConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=8, freq_dim=64, text_dim=128),
 }
 
 
