@@ -52,7 +52,7 @@ _CLEAN_EDGE = 2.7  # px, widest outline of a body
 _CLEAN_STRAYS = 25  # most px that belong to nothing
 _CLEAN_SHARE = 0.9  # of the frames
 _MARKER_DICE = 0.6
-_MARKER_SEEN = 0.5  # share of the marker that must have been seen
+_MARKER_SEEN = 0.3  # share of the marker that must have been seen
 _PLACE_TOLERANCE = 2.0  # px
 _TINT_TOLERANCE = 0.2
 
