@@ -243,10 +243,10 @@ def test_picture_to_start_from(server: Server, client: LiveClient, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_nothing_is_compiled_for_a_viewer(monkeypatch: pytest.MonkeyPatch) -> None:
+@torch._dynamo.config.patch(recompile_limit=64)
+def test_nothing_is_compiled_for_a_viewer() -> None:
     """Once the engine is warm: neither for blocks nor for switches, nor to take up a session again."""
     torch.compiler.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
     settings = [
         "model_name=tiny",
         "height=32",

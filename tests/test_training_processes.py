@@ -57,7 +57,7 @@ def assert_same_run(folder: Path, expected: Path) -> None:
 
 
 def assert_close_run(folder: Path, expected: Path, first_step: int = 1) -> None:
-    """The same up to rounding, from a step on."""
+    """The same up to rounding, from a step on: Adam makes thousandths of a step, 1e-3, of it where gradients vanish."""
     found, wanted = ([r for r in losses(f) if r["step"] >= first_step] for f in (folder, expected))
     assert len(found) == len(wanted) > 0
     for one, other in zip(found, wanted, strict=True):
@@ -67,7 +67,7 @@ def assert_close_run(folder: Path, expected: Path, first_step: int = 1) -> None:
     for name in states[0]:
         if ".weights." in name or ".ema." in name:
             one, other = (state[name] for state in states)
-            assert (one - other).norm() <= 1e-5 * other.norm() + 1e-6, name
+            assert (one - other).norm() <= 1e-5 * other.norm() + 4e-6, name
 
 
 # --- what disturbs a run ----------------------------------------------------------------------------------------------
