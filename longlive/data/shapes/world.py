@@ -5,7 +5,8 @@ no caption names is drawn from the seed and persists: the place of a body across
 of its colour, its phase, and a small marker of some kind in one corner.
 
 The canvas is a torus: a body that leaves it on one side enters on the other. Two bodies keep to a half of the canvas
-each, in the order in which the caption tells them: from the top or from the left. The pose at frame t is a closed function of the scene, so a video is the same however it is cut.
+each, in the order in which the caption tells them: from the top or from the left. The pose at frame t is a closed
+function of the scene, so a video is the same however it is cut.
 
 Units: px, with pixel i covering [i, i + 1) and y pointing down; frames of 1/FPS s.
 """
