@@ -76,6 +76,15 @@ def constant_timesteps(latents: Tensor, timestep: float) -> Tensor:
 
 
 @dataclass(frozen=True)
+class ExitStep:
+    """What the exit step of a block is given: xt [B, F, C, height, width] at a timestep and its noise level."""
+
+    xt: Tensor
+    timestep: float
+    sigma: float
+
+
+@dataclass(frozen=True)
 class BlockTraining:
     """How a block is made in training (Self-Forcing).
 
@@ -83,7 +92,8 @@ class BlockTraining:
     None: all passes are the rollout's own, without; it may hold its weights elsewhere, shared out or in another type.
     prompt_embeds [B, L, text_dim]: what it is given as prompt, whose projections have a gradient too. context_noise:
     noise of the block's shape, added at the level of the context timestep to what enters the cache, or None.
-    is_last: nothing will follow that could see the block, so it need not enter the cache.
+    is_last: nothing will follow that could see the block, so it need not enter the cache. exits: takes note of what the
+    exit step is given, for a pass with gradient after all blocks.
     """
 
     exit_step: int
@@ -91,6 +101,7 @@ class BlockTraining:
     prompt_embeds: Tensor | None = None
     context_noise: Tensor | None = None
     is_last: bool = False
+    exits: list[ExitStep] | None = None
 
 
 def denoise_block(
@@ -117,7 +128,10 @@ def denoise_block(
         if step > 0:
             xt = add_noise(x0, renoise(step - 1), sigma)
         timesteps = constant_timesteps(xt, timestep)
-        if step == num_steps - 1 and training is not None and training.trained is not None:
+        is_exit = step == num_steps - 1
+        if is_exit and training is not None and training.exits is not None:
+            training.exits.append(ExitStep(xt, timestep, sigma))
+        if is_exit and training is not None and training.trained is not None:
             gradient_plan = cache.plan_gradient(start_frame, num_frames, is_first=step == 0)
             flow = training.trained(xt, timesteps, training.prompt_embeds, cache=cache, plan=gradient_plan)
         else:

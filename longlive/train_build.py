@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from longlive.train_config import CAUSAL, DISTRIBUTION_MATCHING, TrainConfig
 from longlive.train_inputs import Inputs, latent_shape
 from longlive.train_samples import SampleVideos
 from longlive.training.checkpoint import Checkpoints
+from longlive.training.clip_pass import ClipPass
 from longlive.training.clock import Clock
 from longlive.training.distribution_matching import (
     EncodePrompts,
@@ -111,9 +113,14 @@ def make_players(
     critic_lora = lora_config(config, inputs.critic_lora) if config.adapter.apply_to_critic else None
     critic = make_trained(inputs.critic, critic_lora, group, compute)
     teacher = make_teacher(config, inputs.teacher, group, compute)
+    trained: WanDiT | ClipPass = generator
+    if config.one_gradient_pass:
+        in_graphs = partial(graphed, config=config, group=group)
+        trained = ClipPass(generator, config.num_frame_per_block, compute.attention, in_graphs)
     players = Players(
         generator=generator,
         rollout=rollout,
+        trained=trained,
         passes=GraphedPasses(rollout) if has_graphs(config, group) else rollout,
         critic=graphed(critic, config, group),
         teacher=graphed(teacher, config, group) if isinstance(teacher, WanDiT) else teacher,

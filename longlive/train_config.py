@@ -222,6 +222,9 @@ class TrainConfig(Section):
     cuda_graphs: bool = setting(
         False, "replay passes as CUDA graphs, for small models on one GPU; needs activation_checkpointing=none"
     )
+    one_gradient_pass: bool = setting(
+        False, "self_forcing, streaming: one pass with gradient over all blocks of a clip, faster for small models"
+    )
     activation_checkpointing: str = setting(
         "selective",
         "what the backward pass computes again, to save memory: nothing, all but attention, or all",
@@ -281,6 +284,11 @@ class TrainConfig(Section):
             raise InputError(f"world={self.world}: its pictures are of height={height}, width={width}, fps={fps}")
         if self.cuda_graphs and self.activation_checkpointing != "none" and self.stage != "vae":
             raise InputError("cuda_graphs=true: needs activation_checkpointing=none")
+        if self.one_gradient_pass and self.recache_policy == "published" and model.sink_size > block:
+            raise InputError(
+                f"one_gradient_pass=true: not available with recache_policy=published and sink_size={model.sink_size}, "
+                f"longer than num_frame_per_block={block}"
+            )
         if self.min_score_timestep >= self.max_score_timestep:
             raise InputError(f"min_score_timestep={self.min_score_timestep}: must be less than max_score_timestep")
 

@@ -9,7 +9,7 @@ DIR/longlive_models/models/{longlive_base.pt,lora.pt}. Everything runs as with r
 import argparse
 import io
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class FakeModel:
 
 
 FAKE_MODELS = {
-    "tiny": FakeModel(PRESETS["tiny"], VAEConfig(base_dim=8)),
+    "tiny": FakeModel(replace(PRESETS["tiny"], sees_place=False), VAEConfig(base_dim=8)),
     "1.3B": FakeModel(PRESETS["1.3B"], VAEConfig()),
     "14B": FakeModel(PRESETS["14B"], VAEConfig(), num_shards=6, has_longlive=False),
 }

@@ -22,7 +22,7 @@ from longlive.data.shapes.render import render
 from longlive.data.shapes.world import Caption, Look, Scene, scene_of
 from longlive.errors import InputError
 from longlive.eval.evaluate_config import EvaluateConfig
-from longlive.eval.figures import changed_attributes, jumps
+from longlive.eval.figures import BODY_COUNTS, changed_attributes, jumps
 from longlive.eval.judge import CAPTIONED, UNNAMED, Reading, judge_batch
 from longlive.eval.report import markdown_table, plot
 from longlive.eval.shapes import (
@@ -46,7 +46,7 @@ from tests.tiny import tiny_models
 
 NUM_SCENES = 32
 FIGURE = {"mean", "low", "high", "num"}
-ACCURACY = {*CAPTIONED, "attributes", "all", "clean", "flicker"}
+ACCURACY = {*CAPTIONED, *BODY_COUNTS, "attributes", "all", "clean", "flicker"}
 DRIFT = {"place_px", "tint", "marker_kept", "background"}
 
 

@@ -4,6 +4,7 @@ import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from longlive.models.dit import WanDiT
 from longlive.models.kv_cache import CacheConfig
 from longlive.rollout import Rollout, constant_timesteps
 from longlive.training.checkpoint import read_state
+from longlive.training.clip_pass import ClipPass
 from longlive.training.distribution_matching import DistributionMatching, Streaming
 from longlive.training.draw import Draw
 from longlive.training.flow_matching import CausalInit, FlowMatching
@@ -299,7 +301,8 @@ def plain_twin(network: Network, has_lora: bool) -> WanDiT:
 
 
 @pytest.mark.parametrize("has_lora", [False, True])
-def test_rolling_out_on_a_copy_changes_nothing(tmp_path: Path, has_lora: bool) -> None:
+@pytest.mark.parametrize("in_one_pass", [False, True])
+def test_rolling_out_on_a_copy_changes_nothing(tmp_path: Path, has_lora: bool, in_one_pass: bool) -> None:
     """Samples and gradients are those of one plain model that makes all passes; a switch in the second chunk."""
     setup = Setup("streaming", batch_size=2, has_lora=has_lora, generator=FAST)
     with training(setup, tmp_path) as trainer:
@@ -309,7 +312,9 @@ def test_rolling_out_on_a_copy_changes_nothing(tmp_path: Path, has_lora: bool) -
         plain = plain_twin(network, has_lora)
         rollout = Rollout(plain, sampler_of(setup), plain.new_cache(cache_of(setup), 2, 4, 4, 12))
         prompts = [embed(["one", "two"]), embed(["three", "four"])]
-        ours = StreamingSequence(stage._new_rollout(2), prompts, 8, network.module)  # type: ignore[arg-type]
+        module = cast(WanDiT, network.module)
+        trained = ClipPass(module, setup.block, sdpa) if in_one_pass else module
+        ours = StreamingSequence(stage._new_rollout(2), prompts, 8, trained)
         theirs = StreamingSequence(rollout, prompts, 8)
         for exits in ([0, 1, 1], [1, 1, 0]):
             shape = (2, setup.block * len(exits), *LATENT)

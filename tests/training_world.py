@@ -166,6 +166,7 @@ def make_matching(
         generator=networks["generator"].module,  # type: ignore[arg-type]
         rollout=rollout,
         passes=rollout,
+        trained=networks["generator"].module,  # type: ignore[arg-type]
         critic=networks["critic"].module,  # type: ignore[arg-type]
         teacher=setup.teacher,
         vae=vae,

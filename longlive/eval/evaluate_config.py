@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from longlive.clips_config import ClipsConfig
-from longlive.config import InferenceConfig, Rule, at_least, setting
+from longlive.config import POSITIVE, InferenceConfig, Rule, at_least, setting
 from longlive.data.shapes import FPS, HEIGHT, WIDTH
 from longlive.errors import InputError
 
@@ -68,6 +68,7 @@ class EvaluateConfig(InferenceConfig):
     teacher_ckpt: str | None = setting(None, "teacher: weights of the bidirectional model", path=True)
     teacher_steps: int = setting(50, "teacher: denoising steps", at_least(1))
     teacher_guidance: float = setting(3.0, "teacher: cond + guidance (cond - uncond)", at_least(0))
+    teacher_timestep_shift: float = setting(10.0, "teacher: schedule of its steps, as in its training", POSITIVE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,5 +98,5 @@ def teacher_clips(config: EvaluateConfig, seed: int, num_frames: int) -> ClipsCo
         seed=seed,
         guidance_scale=config.teacher_guidance,
         num_steps=config.teacher_steps,
-        timestep_shift=config.model_kwargs.timestep_shift,
+        timestep_shift=config.teacher_timestep_shift,
     )

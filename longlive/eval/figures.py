@@ -11,16 +11,23 @@ from longlive.eval.statistics import Figure, average, share, spread
 Figures = dict[str, Figure]
 
 JUMP_LIMIT_PX = 8.0
+BODY_COUNTS = ("one body", "two bodies")
 
 
 def accuracy(readings: Sequence[Reading], captions: Sequence[Caption]) -> Figures:
     """What is right. attributes: the share of CAPTIONED that is, averaged over videos; all: videos in which everything
-    is; and each attribute, clean pictures, and flicker in levels."""
+    is, also of those with one and with two bodies; and each attribute, clean pictures, and flicker in levels."""
     scores = [score(reading, caption) for reading, caption in zip(readings, captions, strict=True)]
     told = ["all", *(name for name in CAPTIONED if all(name in found for found in scores))]
     return {
         "attributes": average(attribute_rates(readings, captions), 0, 1),
         **{name: share([found[name] for found in scores]) for name in told},
+        **{
+            name: share(
+                [found["all"] for found, caption in zip(scores, captions, strict=True) if len(caption.looks) == num]
+            )
+            for num, name in enumerate(BODY_COUNTS, 1)
+        },
         "clean": share([reading.is_clean for reading in readings]),
         "flicker": average([reading.flicker for reading in readings], 0),
     }

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longlive.errors import InputError
+from longlive.eval.figures import BODY_COUNTS
 from longlive.weights.files import atomic_file, read_json
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 Results = Mapping[str, Mapping[str, Any]]
 """What `evaluate` wrote, by the name it is to be shown under."""
 
-_ATTRIBUTES = ("attributes", "all", "count", "background", "colour", "shape", "size", "motion", "clean")
+_ATTRIBUTES = ("attributes", "all", *BODY_COUNTS, "count", "background", "colour", "shape", "size", "motion", "clean")
 _BAND = ("mean", "low", "high")
 _COLOURS = ("#2f6db5", "#e07b28", "#3a9a6d", "#8a5fb0", "#c94a53", "#4aa5b8", "#b39023", "#7a7a7a")
 

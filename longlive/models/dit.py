@@ -8,6 +8,7 @@ Shapes: B batch, F latent frames, C channels, h x w tokens of a frame, S = h w, 
 H heads, D = d / H, L = text_len.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +33,11 @@ LayerText = Tensor | tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Sizes of a Wan transformer; the defaults are Wan2.1-T2V-1.3B's."""
+    """Sizes of a Wan transformer; the defaults are Wan2.1-T2V-1.3B's.
+
+    sees_place: every patch is told where in the picture it lies, see `place_channels`. Wan's are not: RoPE tells them
+    how far they are from each other, and the borders of a picture are seen only once there is little noise.
+    """
 
     dim: int = 1536
     ffn_dim: int = 8960
@@ -45,6 +50,7 @@ class DiTConfig:
     text_len: int = 512
     patch_size: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
+    sees_place: bool = False
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
@@ -60,8 +66,20 @@ class DiTConfig:
 PRESETS = {
     "1.3B": DiTConfig(),
     "14B": DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
-    "tiny": DiTConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=8, freq_dim=64, text_dim=128),
+    "tiny": DiTConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=8, freq_dim=64, text_dim=192, sees_place=True),
 }
+
+NUM_PLACE_CHANNELS = 8
+
+
+def place_channels(height: int, width: int, device: torch.device) -> Tensor:
+    """Where the values of a latent frame lie: [8, height, width] float32.
+
+    Sine and cosine of pi/2 u and pi u, for u from -1 to 1 from the top to the bottom and from the left to the right.
+    """
+    rows, columns = ((torch.arange(size, device=device) + 0.5) * (2 / size) - 1 for size in (height, width))
+    angles = torch.stack([rows[:, None].expand(height, width), columns.expand(height, width)]) * (math.pi / 2)
+    return torch.cat([angles.sin(), angles.cos(), (2 * angles).sin(), (2 * angles).cos()])
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
@@ -231,7 +249,8 @@ class WanDiT(nn.Module):
         self.config = config
         self.remat: Remat = remat
         d = config.dim
-        self.patch_embedding = nn.Conv3d(config.in_channels, d, config.patch_size, stride=config.patch_size)
+        in_channels = config.in_channels + NUM_PLACE_CHANNELS * config.sees_place
+        self.patch_embedding = nn.Conv3d(in_channels, d, config.patch_size, stride=config.patch_size)
         self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, d), nn.GELU("tanh"), nn.Linear(d, d))
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, d), nn.SiLU(), nn.Linear(d, d))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
@@ -315,6 +334,9 @@ class WanDiT(nn.Module):
         """Tokens [B, F, S, d], time modulation [B, F or 1, 6, d], time embedding [B, F or 1, d], attention context."""
         dtype = self.patch_embedding.weight.dtype
         num_frames, height, width = latents.shape[1], latents.shape[3], latents.shape[4]
+        if self.config.sees_place:
+            place = place_channels(height, width, latents.device).to(latents.dtype)
+            latents = torch.cat([latents, place.expand(*latents.shape[:2], -1, -1, -1)], dim=2)
         x = self.patch_embedding(rearrange(latents.to(dtype), "b f c h w -> b c f h w"))
         x = rearrange(x, "b d f h w -> b f (h w) d")
         timesteps = timesteps[:, None] if timesteps.ndim == 1 else timesteps

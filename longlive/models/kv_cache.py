@@ -202,6 +202,28 @@ class KVCache:
             past=self._tokens(self._slots(seen)),
         )
 
+    def plan_clip_gradient(self, start_frame: int, num_frames: int, frames_per_block: int) -> CachePlan:
+        """Plan a pass with gradient over several blocks at once, which are in the cache by now, and their pasts too.
+
+        It stores nothing. `past` is, in order of frames, the sink that the last block sees and all that any block sees
+        behind it; which of these a block sees is for the attention to choose. The ring must hold them all.
+        """
+        assert not self.config.published_sink_fill, "what is in such a sink depends on when it is seen"
+        end = start_frame + num_frames
+        last_start, oldest = end - frames_per_block, self.config.oldest_seen(start_frame + frames_per_block)
+        assert self.config.window_frames == -1 or last_start - oldest <= self.capacity_frames - self.config.sink_frames
+        sink = torch.arange(min(self.config.sink_frames, last_start), device=self.device)
+        newest = torch.arange(min(oldest, last_start), last_start, device=self.device)
+        return CachePlan(
+            frames=torch.arange(start_frame, end, device=self.device),
+            slots=sink[:0],
+            num_skipped=0,
+            num_sink_tokens=0,
+            visible=0,
+            sink_shift=self._sink_shift(end),
+            past=self._tokens(self._slots(torch.cat([sink, newest]))),
+        )
+
     def move_sink(self, table: Tensor, plan: CachePlan) -> None:
         """Rotate the sink's keys of every layer to the positions of `plan`, whose RoPE is `table`."""
         for layer in self.layers:

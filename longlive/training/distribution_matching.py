@@ -22,6 +22,7 @@ from longlive.models.dit import WanDiT
 from longlive.models.kv_cache import CacheConfig, KVCache
 from longlive.models.vae import WanVAE
 from longlive.rollout import PUBLISHED_TRAINING_RECACHE_FRAMES, Passes, Rollout, Sampler, SwitchPolicy
+from longlive.training.clip_pass import ClipPass
 from longlive.training.clock import Clock
 from longlive.training.dmd import DMD, Score
 from longlive.training.draw import Draw
@@ -35,12 +36,13 @@ EncodePrompts = Callable[[Sequence[str]], Tensor]
 @dataclass(frozen=True)
 class Players:
     """The networks of distribution matching. rollout: the generator's plain copy; passes: its passes, or what stands
-    for them; lora_scale: alpha / rank of its LoRA; vae: only streaming needs one; encode_prompts: texts to embeddings
-    [B, L, text_dim]."""
+    for them; trained: what makes the generator's passes with gradient; lora_scale: alpha / rank of its LoRA; vae: only
+    streaming needs one; encode_prompts: texts to embeddings [B, L, text_dim]."""
 
     generator: WanDiT
     rollout: WanDiT
     passes: Passes
+    trained: WanDiT | ClipPass
     critic: Score
     teacher: Score
     vae: WanVAE
@@ -169,7 +171,7 @@ class SelfForcing(DistributionMatching):
         items = [self.order[sample] for sample in draw.samples]
         text = self.players.encode_prompts([self.prompts[item][0] for item in items])
         with self.clock.part("rollout"):
-            sequence = StreamingSequence(self._new_rollout(draw.batch_size), [text], trained=self.players.generator)
+            sequence = StreamingSequence(self._new_rollout(draw.batch_size), [text], trained=self.players.trained)
             noise = self._chunk_noise(draw, self.config.num_frames)
             new = sequence.generate(noise, 0 if has_gradient else None, is_last=True)
         return make_clip(self.players.vae, None, new, self.config.num_frames), text
@@ -227,7 +229,7 @@ class Streaming(DistributionMatching):
         switch = draw.of("switch").shared.choice(switches) if switches else None
         columns = list(zip(*texts, strict=True))[: 1 if switch is None else 2]
         prompts = [self.players.encode_prompts(column) for column in columns]
-        return StreamingSequence(self._new_rollout(draw.batch_size), prompts, switch, self.players.generator)
+        return StreamingSequence(self._new_rollout(draw.batch_size), prompts, switch, self.players.trained)
 
     def _next_clip(self, sequence: StreamingSequence, draw: Draw, has_gradient: bool) -> tuple[Clip, Tensor]:
         length = self.config.num_frames
@@ -268,7 +270,7 @@ class Streaming(DistributionMatching):
         rollout.recent, rollout.num_frames = latents, values["num_frames"]
         text = self.negative.expand(batch_size, -1, -1)
         prompts = [text.clone() for _ in range(1 if switch is None else 2)]
-        self.sequence = StreamingSequence(rollout, prompts, switch, self.players.generator)
+        self.sequence = StreamingSequence(rollout, prompts, switch, self.players.trained)
         self.previous = latents.new_zeros(batch_size, self.config.num_frames, *self.config.latent_shape)
         fill(self._samples(self.sequence, self.previous))
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from longlive.models.dit import WanDiT
 from longlive.models.vae import WanVAE
-from longlive.rollout import BlockTraining, Rollout
+from longlive.rollout import BlockTraining, ExitStep, Rollout
+from longlive.training.clip_pass import ClipPass
 
 PIXELS_PER_PASS = 2**22
 """Of the VAE over many small frames, where a latent at a time would be launches and little else."""
@@ -48,11 +49,11 @@ class StreamingSequence:
         rollout: Rollout,
         prompts: Sequence[Tensor],
         switch_frame: int | None = None,
-        trained: WanDiT | None = None,
+        trained: WanDiT | ClipPass | None = None,
     ) -> None:
         """prompts: embeddings [B, L, text_dim] of one prompt, or of two with a `switch_frame`: the switch comes before
         the first block that starts at or after it. trained: the network of the passes with gradient, by default the
-        rollout's own."""
+        rollout's own; a `ClipPass` makes those of all blocks of a chunk at once."""
         assert len(prompts) == (1 if switch_frame is None else 2)
         self.rollout = rollout
         self.prompts = prompts
@@ -86,7 +87,8 @@ class StreamingSequence:
         prompt = self.prompts[switch is not None and first > switch]
         with torch.no_grad():  # the weights may have changed since the last chunk
             rollout.text = rollout.model.project_text(prompt)
-        blocks = []
+        blocks: list[Tensor] = []
+        exits: list[ExitStep] = []
         for index, offset in enumerate(range(0, end - first, num)):
             span = slice(offset, offset + num)
             if switch == first + offset:
@@ -96,13 +98,16 @@ class StreamingSequence:
             has_gradient = gradient_from_frame is not None and offset >= gradient_from_frame
             training = BlockTraining(
                 exit_step=chunk.exit_steps[index],
-                trained=self.trained if has_gradient else None,
+                trained=self.trained if has_gradient and isinstance(self.trained, WanDiT) else None,
                 prompt_embeds=prompt,
                 context_noise=None if chunk.context is None else chunk.context[:, span],
                 is_last=is_last and first + offset + num == end,
+                exits=exits if has_gradient and isinstance(self.trained, ClipPass) else None,
             )
             fresh = [noise[:, span] for noise in chunk.renoise]
             blocks.append(rollout.next_block(chunk.noise[:, span], fresh.__getitem__, training))
+        if exits and isinstance(self.trained, ClipPass):
+            blocks[-len(exits) :] = [self.trained(exits, prompt, rollout.cache, end - num * len(exits))]
         return torch.cat(blocks, dim=1)
 
 

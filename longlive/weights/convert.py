@@ -209,8 +209,10 @@ def wan_dit_config(config: DiTConfig) -> dict[str, Any]:
 
 
 def _diffusers_dit_config(config: DiTConfig) -> dict[str, Any]:
+    if config.sees_place:
+        raise InputError("diffusers has no transformer that is told where patches lie (sees_place)")
     values = asdict(config)
-    del values["dim"], values["text_len"]
+    del values["dim"], values["text_len"], values["sees_place"]
     heads = {"num_attention_heads": values.pop("num_heads"), "attention_head_dim": config.head_dim}
     fixed = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024}
     return {"_class_name": "WanTransformer3DModel", **values, **heads, **fixed}

@@ -451,6 +451,7 @@ def _list_of(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     int: ("a positive whole number", _is_size),
+    bool: ("true or false", lambda value: type(value) is bool),
     float: ("a positive number", lambda value: _is_number(value) and value > 0),
     tuple[int, int, int]: ("three positive whole numbers", lambda v: _list_of(_is_size)(v) and len(v) == 3),
     tuple[int, ...]: ("a list of positive whole numbers", _list_of(_is_size)),

@@ -1,0 +1,118 @@
+"""The exit steps of all blocks of a clip in one pass with gradient.
+
+A rollout denoises block by block, and in Self-Forcing (arXiv 2506.08009) the last step of each block has a gradient,
+none through the cache. So these steps do not depend on each other: once the rollout is over, without any gradient,
+they can be made again all together, each block seeing the past that the cache kept for it. That is one pass over the
+weights instead of one for each block, for one more forward pass over the clip.
+
+Shapes: F frames of S tokens, P tokens of the past.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from longlive.flow import flow_to_x0
+from longlive.models.attention import AttentionFn
+from longlive.models.dit import WanDiT
+from longlive.models.kv_cache import CacheConfig, CachePlan, KVCache
+from longlive.rollout import ExitStep
+
+
+class ClipPass:
+    """The passes with gradient of a network over clips whose blocks have been rolled out."""
+
+    def __init__(
+        self,
+        model: WanDiT,
+        frames_per_block: int,
+        attention: AttentionFn,
+        graphed: Callable[[nn.Module], Callable[..., Tensor]] = lambda module: module,
+    ) -> None:
+        """attention: the kernel; graphed: gives what calls a module, which may be the module or its calls replayed."""
+        self.model = model
+        self.frames_per_block = frames_per_block
+        self.attention = attention
+        self._graphed = graphed
+        self._cache: KVCache | None = None
+        self._calls: dict[tuple[int, int], Callable[..., Tensor]] = {}
+
+    def __call__(self, exits: Sequence[ExitStep], prompt_embeds: Tensor, cache: KVCache, start_frame: int) -> Tensor:
+        """x0 [B, F, C, height, width] of the blocks that these exit steps end, the first of which starts at a frame.
+
+        prompt_embeds [B, L, text_dim]: the prompt of all of them. The cache is as the rollout left it, and must not
+        change before the backward pass.
+        """
+        if cache is not self._cache:
+            self._cache, self._calls = cache, {}
+        noisy = torch.cat([step.xt for step in exits], dim=1)
+        plan = cache.plan_clip_gradient(start_frame, noisy.shape[1], self.frames_per_block)
+        assert plan.past is not None
+        flow = self._call(cache, start_frame, noisy.shape[1])(
+            noisy, self._per_frame([step.timestep for step in exits], noisy), prompt_embeds, plan.frames, plan.past
+        )
+        sigmas = self._per_frame([step.sigma for step in exits], noisy)
+        return flow_to_x0(flow, noisy, sigmas[..., None, None, None])
+
+    def _per_frame(self, values: Sequence[float], noisy: Tensor) -> Tensor:
+        """A value of every block as [B, F]."""
+        column = torch.tensor(values, dtype=torch.float32).repeat_interleave(self.frames_per_block)
+        return column.to(noisy.device, non_blocking=True).expand(noisy.shape[0], -1)
+
+    def _call(self, cache: KVCache, start_frame: int, num_frames: int) -> Callable[..., Tensor]:
+        """What passes over a clip of this length: past the window, all starts see the same number of frames."""
+        window = cache.config.window_frames
+        key = (start_frame if window == -1 else min(start_frame, window), num_frames)
+        if key not in self._calls:
+            self._calls[key] = self._graphed(
+                _Pass(self.model, cache, clip_attention(*key, self.frames_per_block, cache.config, self.attention))
+            )
+        return self._calls[key]
+
+
+class _Pass(nn.Module):
+    """One call on tensors alone, through a cache that stays where it is in memory."""
+
+    def __init__(self, model: WanDiT, cache: KVCache, attention: AttentionFn) -> None:
+        super().__init__()
+        self.model = model
+        self.cache = cache
+        self.attention = attention
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, text: Tensor, frames: Tensor, past: Tensor) -> Tensor:
+        """The flow of noisy [B, F, C, height, width] at timesteps [B, F] and positions [F]; past [P]: tokens seen."""
+        plan = CachePlan(frames, past[:0], num_skipped=0, num_sink_tokens=0, visible=0, sink_shift=0, past=past)
+        flow: Tensor = self.model(noisy, timesteps, text, cache=self.cache, plan=plan, attention=self.attention)
+        return flow
+
+
+def clip_attention(
+    start_frame: int, num_frames: int, frames_per_block: int, cache: CacheConfig, attention: AttentionFn
+) -> AttentionFn:
+    """Attention of a clip's blocks, to keys of the past as `KVCache.plan_clip_gradient` orders them, then their own.
+
+    A call for each block, on the keys it sees, and so without any mask.
+    """
+    end_frame = start_frame + num_frames
+    num_sink = min(cache.sink_frames, end_frame - frames_per_block)
+    oldest = cache.oldest_seen(start_frame + frames_per_block)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [B, H, F S, D], k and v [B, H, P + F S, D] -> [B, H, F S, D]."""
+        size = q.shape[2] // num_frames
+        num_past = k.shape[2] - q.shape[2]
+        outs = []
+        for start in range(start_frame, end_frame, frames_per_block):
+            end = start + frames_per_block
+            own = slice((start - start_frame) * size, (end - start_frame) * size)
+            own_keys = slice(num_past + own.start, num_past + own.stop)
+            sink = slice(0, min(cache.sink_frames, start) * size)
+            first = max(min(cache.oldest_seen(end), start) - oldest, 0)
+            newest = slice((num_sink + first) * size, (num_sink + max(start - oldest, 0)) * size)
+            keys, values = ([x[:, :, part] for part in (sink, newest, own_keys)] for x in (k, v))
+            out = attention(q[:, :, own], torch.cat(keys, dim=2), torch.cat(values, dim=2))
+            outs.append(out)
+        return torch.cat(outs, dim=2)
+
+    return attend

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# What the parts of the method are worth in the Shapes world: students that differ in one thing, with a third of the
+# steps, from the teacher and causal model of train_shapes.sh; then what each of them makes of held-out scenes.
+#
+#   bash scripts/ablate_shapes.sh FOLDER [NAME ...]     FOLDER of train_shapes.sh; NAMEs: default all, one after another
+#   ABLATE_SETTINGS="device=cpu …" EVALUATE_SETTINGS="…"  more settings of every stage, of every evaluation
+#
+# Figures go to FOLDER/ablations/NAME.json. Several of these at a time may share a GPU, once "base" has been trained.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+runs="$(realpath -m "${1:?usage: bash scripts/ablate_shapes.sh FOLDER [NAME ...]}")"
+names=("${@:2}")
+((${#names[@]})) || names=(base stage_1 no_sink window_6 window_9 window_21 no_switch lora relative sink_unused)
+out="$runs/ablations"
+python="$(bash scripts/setup.sh)"
+read -ra more <<<"${ABLATE_SETTINGS:-}"
+read -ra measured <<<"${EVALUATE_SETTINGS:-}"
+
+train() { # stage, name, init_logdir, settings
+    local folder="$out/$2/$1"
+    [[ -e "$folder/done" ]] && return
+    "$python" -m longlive train --config_path "configs/shapes_$1.yaml" logdir="$folder" init_logdir="$3" seed=7 \
+        vae_ckpt="$runs/vae/vae.safetensors" real_ckpt="$runs/teacher/generator.safetensors" "${@:4}" "${more[@]}"
+    [[ -e "$folder/inference.yaml" ]] || exit 1 # stopped by a signal
+    touch "$folder/done"
+}
+train_init() { # name, settings
+    train train_init "$1" "$runs/causal_init" critic_ckpt="$runs/teacher/generator.safetensors" max_iters=600 "${@:2}"
+}
+train_long() { # name, whose first stage, settings
+    train train_long "$1" "$out/$2/train_init" max_iters=240 "${@:3}"
+}
+both() { # name, settings
+    train_init "$@"
+    train_long "$1" "$@"
+}
+evaluate() { # name, folder of the run, settings
+    [[ -e "$out/$1.json" ]] && return
+    "$python" -m longlive evaluate --suite shapes --seed 1 --json "$out/$1.json" --config_path "$2/inference.yaml" \
+        batch_size=200 "lengths_s=[5,30,60]" "${@:3}" "${measured[@]}"
+}
+
+mkdir -p "$out"
+for name in "${names[@]}"; do
+    echo "ablate_shapes: $name" >&2
+    folder="$out/$name/train_long" settings=()
+    case "$name" in
+        base) both base ;;
+        no_sink) both no_sink model_kwargs.sink_size=0 ;;
+        window_*) both "$name" model_kwargs.local_attn_size="${name#window_}" ;;
+        no_switch) train_init base && train_long no_switch base switch_mode=none ;;
+        lora) train_init base && train_long lora base adapter.type=lora adapter.rank=32 adapter.alpha=32 lr=4.0e-4 ;;
+        stage_1) train_init base && folder="$out/base/train_init" ;; # before streaming
+        relative) # positions within the window, not within the video
+            both base && folder="$out/base/train_long" settings=(model_kwargs.use_infinite_attention=true)
+            ;;
+        sink_unused) # trained with a sink
+            both base && folder="$out/base/train_long" settings=(model_kwargs.sink_size=0)
+            ;;
+        *) echo "ablate_shapes: $name is not known" >&2 && exit 2 ;;
+    esac
+    evaluate "$name" "$folder" "${settings[@]}"
+done
