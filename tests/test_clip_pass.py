@@ -86,5 +86,6 @@ def test_replayed_as_graphs(switch: int | None) -> None:
     model = tiny_dit().cuda().requires_grad_(True)
     config = CacheConfig(6, 3)
     run = partial(train_chunks, model=model, config=config, block=3, switch=switch, policy="keep", device="cuda")
-    replayed = run(ClipPass(model, 3, sdpa, GraphedModule))
-    torch.testing.assert_close(replayed, run(model), rtol=1e-3, atol=1e-4)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        replayed = run(ClipPass(model, 3, sdpa, GraphedModule))
+        torch.testing.assert_close(replayed, run(model), rtol=1e-3, atol=1e-4)
