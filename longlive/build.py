@@ -96,7 +96,7 @@ def run_inference(config: InferenceConfig, explicit: frozenset[str]) -> None:
             "file": (config.fps, config.crf),
         },
     )
-    output = OutputConfig(folder, config.fps, config.crf, config.contact_sheet, config.overwrite)
+    output = OutputConfig(folder, config.fps, config.crf, config.contact_sheet, config.animation, config.overwrite)
     missing = missing_jobs(shard(jobs, rank(), world_size()), output)
     for clip in {job.script.start_from for job in missing}:
         load_clip(clip, session_config, config.fps)  # only to see now whether it can be read

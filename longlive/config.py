@@ -179,6 +179,7 @@ class InferenceConfig(Section):
     overwrite: bool = setting(False, "make videos again that exist already, instead of skipping them")
     save_with_index: bool = setting(True, "file names by prompt number; false = by the prompt's words")
     contact_sheet: bool = setting(True, "also write a PNG with frames of the video")
+    animation: bool = setting(False, "also write an animated WebP, which web pages show like a picture")
     inference_iter: int = setting(
         -1,
         "how many prompts of data_path to run; -1 = all",

@@ -57,7 +57,7 @@ from longlive.training.teacher_forcing import TeacherForced
 from longlive.training.trainer import EMAConfig, Network, OptimizerConfig, Trainer, TrainerConfig
 from longlive.weights.lora import Lora
 
-WORLD_BATCH_SIZE = 64
+WORLD_BATCH_SIZE = 256
 
 
 def make_trainer(

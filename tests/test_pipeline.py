@@ -39,10 +39,12 @@ def script(*prompts: str, num_frames: int = 8, switch_frames: tuple[int, ...] = 
     return Script(prompts, switch_frames, num_frames, **fields)
 
 
-def run(models: Models, folder: Path, scripts: list[Script], batch_size: int = 1, **changes: Any) -> list[str]:
+def run(
+    models: Models, folder: Path, scripts: list[Script], batch_size: int = 1, animation: bool = False, **changes: Any
+) -> list[str]:
     planning = {"num_samples": 1, "seed": 0, "by_index": True, "identity": {}} | changes
     jobs = plan_jobs(scripts, **planning)
-    output = OutputConfig(folder, crf=0)
+    output = OutputConfig(folder, crf=0, animation=animation)
     missing = missing_jobs(jobs, output)
     make_videos(models, SESSION, output, missing, batch_size=batch_size, info={"weights": "tiny"}, progress=False)
     return [job.name for job in jobs]
@@ -68,6 +70,13 @@ def test_what_a_video_leaves_behind(models: Models, tmp_path: Path) -> None:
     assert told["prompt_start_seconds"] == [0.0, 13 / 16]  # the block that starts at latent 4, video frame 13
     assert (told["seed"], told["num_video_frames"], told["weights"]) == (0, 29, "tiny")
     assert told["timings"]["fps"] > 0
+
+
+def test_an_animated_picture_beside_the_video(models: Models, tmp_path: Path) -> None:
+    (name,) = run(models, tmp_path, [script("a cat")], animation=True)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".mp4", ".png", ".webp"]
+    with Image.open(tmp_path / f"{name}.webp") as picture:
+        assert (picture.n_frames, picture.size) == (29, (48, 32))
 
 
 def test_same_video_whatever_batch_and_order(models: Models, tmp_path: Path) -> None:

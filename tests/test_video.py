@@ -286,6 +286,22 @@ def chip_colours(sheet: Image.Image, num_tiles: int = 12) -> list[tuple[int, ...
     return [sheet.getpixel(spot) for spot in spots]
 
 
+def test_an_animated_picture_shows_the_frames(tmp_path: Path) -> None:
+    levels = list(range(20, 240, 11))
+    with VideoWriter(tmp_path / "a.webp", FPS, HEIGHT, WIDTH) as writer:
+        writer.write(grey_frames(levels))
+        assert names(tmp_path) == ["a.partial.webp"]
+    with Image.open(tmp_path / "a.webp") as picture:
+        assert (picture.n_frames, picture.info["loop"]) == (len(levels), 0)
+        for number, level in enumerate(levels):
+            picture.seek(number)
+            pixels = np.asarray(picture.convert("RGB"), dtype=int)
+            assert pixels.shape == (HEIGHT, WIDTH, 3)
+            assert np.abs(pixels - level).max() <= 3
+            assert abs(picture.info["duration"] - 1000 / FPS) < 1  # ms
+    assert names(tmp_path) == ["a.webp"]
+
+
 def test_contact_sheet_spreads_its_tiles(tmp_path: Path) -> None:
     frames = grey_frames(list(range(0, 245, 1)))  # frame i is grey level i
     sheet = sheet_of(tmp_path / "a.png", frames, [(0, "a prompt")])

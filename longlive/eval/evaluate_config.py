@@ -15,7 +15,7 @@ WINDOW_VIDEO_FRAMES = FPS * WINDOW_S + 1
 UNUSED = frozenset(
     {
         *("data_path", "prompt", "start_from", "output_folder", "overwrite", "save_with_index", "contact_sheet"),
-        *("inference_iter", "num_samples", "num_output_frames", "fps", "crf", "switch_frame_indices"),
+        *("animation", "inference_iter", "num_samples", "num_output_frames", "fps", "crf", "switch_frame_indices"),
     }
 )
 """Keys of inference that mean nothing here. Its configuration files may hold them."""

@@ -58,6 +58,7 @@ class OutputConfig:
     fps: int = 16
     crf: int = 18
     contact_sheet: bool = True
+    animation: bool = False
     overwrite: bool = False
 
 
@@ -197,12 +198,15 @@ def play(session: Session, scripts: Sequence[Script], clip: Tensor | None = None
 
 
 class VideoFile:
-    """The files of one job: the mp4, and beside it a JSON sidecar and a contact sheet. A context manager."""
+    """The files of one job: the mp4, and beside it a JSON sidecar, a contact sheet, an animated picture. A context
+    manager."""
 
     def __init__(self, output: OutputConfig, session: Session, job: Job, clip: Tensor | None) -> None:
         self.output, self.job = output, job
         self.path = output.folder / f"{job.name}.mp4"
-        self._writer = VideoWriter(self.path, output.fps, session.config.height, session.config.width, output.crf)
+        size = (session.config.height, session.config.width)
+        self._writer = VideoWriter(self.path, output.fps, *size, output.crf)
+        self._animation = VideoWriter(self.path.with_suffix(".webp"), output.fps, *size) if output.animation else None
         factor = session.models.vae.config.temporal_factor
         self._starts = prompt_starts(job.script, session.config.sampler.frames_per_block, clip, factor)
         num_frames = num_video_frames(job.script, clip, factor)
@@ -213,11 +217,17 @@ class VideoFile:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._writer.__exit__(*exception)
+        try:
+            if self._animation is not None:
+                self._animation.__exit__(*exception)
+        finally:
+            self._writer.__exit__(*exception)
 
     def write(self, frames: Tensor) -> None:
         """Add frames [V, height, width, 3] uint8."""
         self._writer.write(frames)
+        if self._animation is not None:
+            self._animation.write(frames)
         if self._sheet is not None:
             self._sheet.add(frames)
 

@@ -1,4 +1,4 @@
-"""Frames to files: mp4 written as it is made, contact sheet.
+"""Frames to files: mp4 or animated picture written as they are made, contact sheet.
 
 Frames are uint8 RGB tensors [F, H, W, 3] (F = video frames). A file takes its name only once it is complete.
 """
@@ -29,6 +29,7 @@ _MP4_OPTIONS = {"movflags": "+frag_keyframe+delay_moov+hybrid_fragmented", "flus
 # AVX-512 it even varies from run to run): both are fixed, so that the same frames give the same file everywhere.
 _H264_OPTIONS = {"preset": "veryfast", "threads": "4", "x264-params": "cpu-independent=1"}
 _COLOUR_OPTIONS = {"colorspace": "bt709", "color_primaries": "bt709", "color_trc": "bt709", "color_range": "tv"}
+_WEBP_OPTIONS = {"quality": "80", "compression_level": "6"}
 
 
 def check_writable(folder: str | Path) -> None:
@@ -40,7 +41,8 @@ def check_writable(folder: str | Path) -> None:
 
 
 class VideoWriter:
-    """H.264 mp4 (yuv420p, BT.709), encoded frame by frame in constant memory. A context manager.
+    """H.264 mp4 (yuv420p, BT.709), or an animated WebP (BT.601) for a path that ends in .webp, encoded frame by frame
+    in constant memory. A context manager.
 
     Until the end the file is `NAME.partial.mp4`, in fragments of one second, so that it plays even if the process is
     killed (then without the last two seconds or so, which are still in the encoder). Leaving the context completes it
@@ -58,9 +60,16 @@ class VideoWriter:
         check_writable(self.path.parent)
         with _reporting_write_errors(self.path):
             # Absolute, because FFmpeg takes what stands before a colon in a relative path for a protocol.
-            self._container = av.open(str(self.partial_path.absolute()), "w", format="mp4", options=_MP4_OPTIONS)
-            encoder = {"crf": str(crf), "g": str(fps), **_H264_OPTIONS, **_COLOUR_OPTIONS}
-            self._stream = self._container.add_stream("libx264", rate=fps, options=encoder)
+            target = str(self.partial_path.absolute())
+            if self.path.suffix == ".webp":
+                self._colours = Colorspace.ITU601
+                self._container = av.open(target, "w", format="webp", options={"loop": "0"})
+                self._stream = self._container.add_stream("libwebp_anim", rate=fps, options=_WEBP_OPTIONS)
+            else:
+                self._colours = Colorspace.ITU709
+                self._container = av.open(target, "w", format="mp4", options=_MP4_OPTIONS)
+                encoder = {"crf": str(crf), "g": str(fps), **_H264_OPTIONS, **_COLOUR_OPTIONS}
+                self._stream = self._container.add_stream("libx264", rate=fps, options=encoder)
             self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
             self._container.start_encoding()
 
@@ -71,7 +80,7 @@ class VideoWriter:
         with self._lock, _reporting_write_errors(self.path):
             for pixels in frames.cpu().numpy():
                 rgb = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-                frame = rgb.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
+                frame = rgb.reformat(format="yuv420p", dst_colorspace=self._colours)
                 frame.pts, frame.time_base = self.num_frames, self._time_base
                 self._container.mux(self._stream.encode(frame))
                 self.num_frames += 1
