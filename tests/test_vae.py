@@ -168,6 +168,12 @@ def test_agrees_with_diffusers(config: VAEConfig) -> None:
 # --- pieces and the whole ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("num_frames", [1, 2, 3, 5, 8, 19, 31])
+def test_the_last_frame_alone_is_that_of_the_whole(vae: WanVAE, num_frames: int) -> None:
+    latents = random_latents(vae, num_frames, batch=2)
+    torch.testing.assert_close(vae.decode_last(latents), vae.decode(latents)[:, -1:], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_decode_in_pieces_equals_the_whole(vae: WanVAE, seed: int) -> None:
     random.seed(seed)

@@ -11,6 +11,8 @@ from longlive.weights.files import atomic_file, read_json
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_MOST_LEVEL_LABELS = 6  # below bars side by side
+
 Results = Mapping[str, Mapping[str, Any]]
 """What `evaluate` wrote, by the name it is to be shown under."""
 
@@ -205,7 +207,8 @@ def _draw_bars(
         axes.bar(place, factor * mean, color=colour, width=0.7)
         if low is not None:
             axes.errorbar(place, factor * mean, [[factor * (mean - low)], [factor * (high - mean)]], color="#444444")
-    axes.set_xticks(range(len(bars)), labels=list(bars))
+    caches = [label.rpartition("\n")[2] for label in bars]  # colours tell whose
+    axes.set_xticks(range(len(bars)), labels=caches, rotation=90 if len(bars) > _MOST_LEVEL_LABELS else 0)
     if factor == 100:
         axes.set_ylim(*_percent_range(figures[section][name] for _, figures in bars.values()))
     _dress(axes, title)

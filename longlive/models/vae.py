@@ -332,6 +332,26 @@ class Decoder(_Coder):
             x = block(x, chunk)
         return self._head(x, chunk), chunk.kept
 
+    def last_frame(self, x: Tensor) -> Tensor:
+        """The last frame [B, 3, 1, H, W] of a whole clip of latents [B, z_dim, k, h, w].
+
+        Every layer is given only as many frames as the last one depends on. What a cut makes of its first frames,
+        which lack those before them, does not reach the last.
+        """
+        num_frames = [3]  # of the head
+        for block in reversed(self.upsamples):
+            if isinstance(block, ResidualBlock):
+                num_frames.append(num_frames[-1] + 4)
+            elif isinstance(block, Upsample) and block.time_conv is not None:
+                num_frames.append(-(-num_frames[-1] // 2) + 3)  # the first is not doubled, two more see zeros
+            else:
+                num_frames.append(num_frames[-1])
+        chunk = _Chunk([])
+        x = self._middle(self.conv1(x, chunk), chunk)
+        for block, num in zip(self.upsamples, reversed(num_frames), strict=False):
+            x = block(x[:, :, -num:], chunk)
+        return self._head(x[:, :, -num_frames[0] :], chunk)[:, :, -1:]
+
 
 class WanVAE(nn.Module):
     """Encoder and decoder between pixels [B, F, 3, H, W] in [-1, 1] and normalised latents [B, f, z_dim, H/8, W/8].
@@ -413,6 +433,12 @@ class WanVAE(nn.Module):
             raise InputError(f"latents are {tuple(latents.shape)}, accepted is [B, f, {self.config.z_dim}, h, w]")
         cache = self.new_cache() if cache is None else cache
         return torch.cat([self._decode_chunk(chunk, cache) for chunk in latents.split(latents_per_pass, dim=1)], dim=1)
+
+    def decode_last(self, latents: Tensor) -> Tensor:
+        """The last video frame [B, 1, 3, 8h, 8w] of a whole clip [B, f, z_dim, h, w]: that of `decode`, up to rounding,
+        without most of the others."""
+        z = self._channels_first(latents) * self.latents_std + self.latents_mean
+        return self.decoder.last_frame(self.conv2(z)).transpose(1, 2)
 
     def encode_distribution(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the posterior of a whole clip, not normalised; in one pass, for training.

@@ -15,9 +15,6 @@ from longlive.models.vae import WanVAE
 from longlive.rollout import BlockTraining, ExitStep, Rollout
 from longlive.training.clip_pass import ClipPass
 
-PIXELS_PER_PASS = 2**22
-"""Of the VAE over many small frames, where a latent at a time would be launches and little else."""
-
 
 @dataclass(frozen=True)
 class ChunkNoise:
@@ -111,18 +108,11 @@ class StreamingSequence:
         return torch.cat(blocks, dim=1)
 
 
-def _latents_per_pass(vae: WanVAE, latents: Tensor) -> int:
-    batch_size, _, _, height, width = latents.shape
-    pixels_per_latent = batch_size * height * width * vae.config.spatial_factor**2 * vae.config.temporal_factor
-    return max(1, PIXELS_PER_PASS // pixels_per_latent)
-
-
 def make_clip(vae: WanVAE, previous: Tensor | None, new: Tensor, num_frames: int) -> Clip:
     """The newest `num_frames` frames for the score models, which know clips from their beginning only.
 
     previous: the frames before the new ones, enough to fill the clip, or None at the start of a sequence. The first
-    frame of a clip taken from the middle is encoded anew as a picture: everything up to it is decoded, and the last
-    video frame encoded alone.
+    frame of a clip taken from the middle is encoded anew as a picture: the last video frame of everything up to it.
     """
     if previous is None:
         assert new.shape[1] == num_frames, f"the first chunk has {new.shape[1]} frames, a clip {num_frames}"
@@ -130,8 +120,7 @@ def make_clip(vae: WanVAE, previous: Tensor | None, new: Tensor, num_frames: int
     frames = torch.cat([previous, new], dim=1)
     num_before = frames.shape[1] - num_frames
     with torch.no_grad():
-        before = vae.decode(frames[:, : num_before + 1], latents_per_pass=_latents_per_pass(vae, frames))
-        picture = before[:, -1:].clamp(-1, 1)
+        picture = vae.decode_last(frames[:, : num_before + 1]).clamp(-1, 1)
         first = vae.encode(picture).to(frames.dtype)
     is_new = torch.arange(num_frames, device=new.device) >= num_frames - new.shape[1]
     return Clip(torch.cat([first, frames[:, num_before + 1 :]], dim=1), is_new[:, None, None, None])
