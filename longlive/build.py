@@ -16,7 +16,7 @@ from longlive.builtin import (
     BUILTIN,
     BUILTIN_GENERATOR,
     BUILTIN_HEIGHT_PX,
-    BUILTIN_TIMESTEP_SHIFT,
+    BUILTIN_MODEL_KWARGS,
     BUILTIN_VAE,
     BUILTIN_WIDTH_PX,
     builtin_encoder,
@@ -140,9 +140,14 @@ def choose_model(config: InferenceConfig, explicit: frozenset[str]) -> Inference
         changes["data_path"] = BUILTIN_EXAMPLES[config.data_path]
     changes |= {k: None for k in ("generator_ckpt", "lora_ckpt") if getattr(config, k) == PUBLISHED_WEIGHTS[k]}
     chosen = replace(config, model_name=BUILTIN, **changes)
-    is_default = chosen.model_kwargs.timestep_shift == shipped.model_kwargs.timestep_shift
-    if chosen.generator_ckpt is None and is_default and "model_kwargs.timestep_shift" not in explicit:
-        chosen = replace(chosen, model_kwargs=replace(chosen.model_kwargs, timestep_shift=BUILTIN_TIMESTEP_SHIFT))
+    if chosen.generator_ckpt is None:
+        own: dict[str, Any] = {
+            key: value
+            for key, value in BUILTIN_MODEL_KWARGS.items()
+            if f"model_kwargs.{key}" not in explicit
+            and getattr(chosen.model_kwargs, key) == getattr(shipped.model_kwargs, key)
+        }
+        chosen = replace(chosen, model_kwargs=replace(chosen.model_kwargs, **own))
     return chosen
 
 

@@ -199,8 +199,8 @@ def run_identity(config: TrainConfig, inputs: Inputs) -> dict[str, Any]:
     return {
         "stage": config.stage,
         "seed": config.seed,
-        "generator": asdict(inputs.generator.config),
-        "critic": None if inputs.critic is None else asdict(inputs.critic.config),
+        "generator": inputs.generator.config.told(),
+        "critic": None if inputs.critic is None else inputs.critic.config.told(),
         "begun_with": [source_of(network) for network in begun_with] if config.has_lora else None,
         "max_frames": config.streaming_max_length if config.model_kwargs.local_attn_size == -1 else None,
         "adapter": {key: getattr(config.adapter, key) for key in keys},

@@ -58,6 +58,7 @@ from longlive.training.trainer import EMAConfig, Network, OptimizerConfig, Train
 from longlive.weights.lora import Lora
 
 WORLD_BATCH_SIZE = 256
+"""Scenes drawn or encoded at a time: of fewer, the time goes into launching kernels."""
 
 
 def make_trainer(

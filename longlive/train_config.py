@@ -284,6 +284,8 @@ class TrainConfig(Section):
             raise InputError(f"world={self.world}: its pictures are of height={height}, width={width}, fps={fps}")
         if self.cuda_graphs and self.activation_checkpointing != "none" and self.stage != "vae":
             raise InputError("cuda_graphs=true: needs activation_checkpointing=none")
+        if self.one_gradient_pass and self.stage not in DISTRIBUTION_MATCHING:
+            raise InputError(f"one_gradient_pass=true: not available with stage={self.stage}")
         if self.one_gradient_pass and self.recache_policy == "published" and model.sink_size > block:
             raise InputError(
                 f"one_gradient_pass=true: not available with recache_policy=published and sink_size={model.sink_size}, "

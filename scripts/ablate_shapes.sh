@@ -9,8 +9,12 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 runs="$(realpath -m "${1:?usage: bash scripts/ablate_shapes.sh FOLDER [NAME ...]}")"
+all=(base stage_1 no_sink window_6 window_9 window_21 no_switch lora relative sink_unused)
 names=("${@:2}")
-((${#names[@]})) || names=(base stage_1 no_sink window_6 window_9 window_21 no_switch lora relative sink_unused)
+((${#names[@]})) || names=("${all[@]}")
+for name in "${names[@]}"; do
+    [[ " ${all[*]} " == *" $name "* ]] || { echo "ablate_shapes: $name is not known, accepted: ${all[*]}" >&2 && exit 2; }
+done
 out="$runs/ablations"
 python="$(bash scripts/setup.sh)"
 read -ra more <<<"${ABLATE_SETTINGS:-}"
@@ -57,7 +61,6 @@ for name in "${names[@]}"; do
         sink_unused) # trained with a sink
             both base && folder="$out/base/train_long" settings=(model_kwargs.sink_size=0)
             ;;
-        *) echo "ablate_shapes: $name is not known" >&2 && exit 2 ;;
     esac
     evaluate "$name" "$folder" "${settings[@]}"
 done

@@ -6,7 +6,7 @@ from longlive.config import ROOT, load_config
 from longlive.eval.evaluate_config import EvaluateConfig
 from longlive.eval.shapes import evaluate
 
-FLOORS = {"attributes": 0.97, "all": 0.87, "background": 0.97, "colour": 0.95, "motion": 0.95}  # measured in full: LOG.md
+FLOORS = {"attributes": 0.97, "all": 0.87, "background": 0.97, "colour": 0.95, "motion": 0.95}  # in full: LOG.md
 MOST_BYTES = 24 * 10**6
 
 

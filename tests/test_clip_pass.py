@@ -80,6 +80,14 @@ def test_unlimited_window() -> None:
     torch.testing.assert_close(unlimited, run(model, config=CacheConfig(12, 2)), rtol=1e-3, atol=1e-4)
 
 
+def test_a_ring_that_has_lost_what_a_block_sees() -> None:
+    model = tiny_dit()
+    cache = model.new_cache(CacheConfig(12, 3), BATCH, *LATENT[1:], capacity_frames=18)
+    assert cache.plan_clip_gradient(24, 9, 3).past is not None
+    with pytest.raises(AssertionError, match="has lost"):
+        model.new_cache(CacheConfig(12, 3), BATCH, *LATENT[1:], capacity_frames=17).plan_clip_gradient(24, 9, 3)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("switch", [None, 9])
 def test_replayed_as_graphs(switch: int | None) -> None:

@@ -1,5 +1,7 @@
 """WanDiT against diffusers' transformer, and its own promises: any size, batches, cached prompts, gradients."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from longlive.errors import InputError
 from longlive.models.attention import BACKENDS, select_attention
-from longlive.models.dit import PRESETS, DiTConfig, WanDiT, init_weights
+from longlive.models.dit import NUM_PLACE_CHANNELS, PRESETS, DiTConfig, WanDiT, init_weights, place_channels
 from longlive.models.kv_cache import CacheConfig
 from longlive.weights.formats import DIT
 
@@ -95,6 +97,33 @@ def test_fresh_weights_predict_no_flow() -> None:
     model = WanDiT(TINY_DIT)
     init_weights(model)
     assert (model(*inputs()) == 0).all()
+
+
+def test_a_patch_knows_its_place_only_where_it_is_told() -> None:
+    """Of latents that are the same everywhere, attention of relative positions makes the same everywhere."""
+    latents = torch.randn(1, 1, TINY_DIT.in_channels, 1, 1).expand(-1, 3, -1, 6, 8)
+    text, timesteps = torch.randn(1, TINY_DIT.text_len, TINY_DIT.text_dim), torch.tensor([900.0])
+    for sees_place in (False, True):
+        model = WanDiT(replace(TINY_DIT, sees_place=sees_place)).eval()
+        randomize(model)
+        corners = model(latents, timesteps, text)[0, 0, 0, ::4, ::6].flatten()
+        differences = (corners[:, None] - corners).abs() + torch.eye(4)
+        assert (differences > 1e-2).all() if sees_place else (differences - torch.eye(4) < 1e-5).all()
+
+
+def test_places_are_mirrored_by_sines() -> None:
+    place = place_channels(4, 6, torch.device("cpu"))
+    assert place.shape == (NUM_PLACE_CHANNELS, 4, 6)
+    assert place.abs().max() <= 1
+    torch.testing.assert_close(place[0].flip(0), -place[0])  # of rows, from the top to the bottom
+    torch.testing.assert_close(place[1].flip(1), -place[1])  # of columns
+    assert (place[0].diff(dim=0) > 0).all()
+
+
+def test_what_files_say_of_a_model() -> None:
+    """Nothing of places for Wan's, so that what was written before there were any still fits."""
+    assert "sees_place" not in TINY_DIT.told()
+    assert DiTConfig(**replace(TINY_DIT, sees_place=True).told()) == replace(TINY_DIT, sees_place=True)
 
 
 def test_impossible_sizes() -> None:

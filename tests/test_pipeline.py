@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longlive import cli
 from longlive.build import choose_model, shorten
-from longlive.builtin import BUILTIN_TIMESTEP_SHIFT
+from longlive.builtin import BUILTIN_MODEL_KWARGS
 from longlive.config import ROOT, InferenceConfig, load_config
 from longlive.data.prompts import Script
 from longlive.inference.pipeline import (
@@ -73,6 +73,8 @@ def test_what_a_video_leaves_behind(models: Models, tmp_path: Path) -> None:
 
 
 def test_an_animated_picture_beside_the_video(models: Models, tmp_path: Path) -> None:
+    """Also of a video that is there without it."""
+    run(models, tmp_path, [script("a cat")])
     (name,) = run(models, tmp_path, [script("a cat")], animation=True)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".mp4", ".png", ".webp"]
     with Image.open(tmp_path / f"{name}.webp") as picture:
@@ -236,7 +238,8 @@ def test_built_in_model_stands_in_for_weights_that_are_not_there(
         assert "first video" not in caplog.text
         chosen = shorten(chosen, asked, explicit)
         assert (chosen.inference_iter == 1) == ("first video" in caplog.text) == is_short
-        assert (chosen.num_output_frames, chosen.model_kwargs.timestep_shift) == (81, BUILTIN_TIMESTEP_SHIFT)
+        assert chosen.num_output_frames == 81
+        assert {key: getattr(chosen.model_kwargs, key) for key in BUILTIN_MODEL_KWARGS} == BUILTIN_MODEL_KWARGS
     for typed in ("num_output_frames=120", "num_frame_per_block=5"):
         asked, explicit = load_config(InferenceConfig, ROOT / "configs/longlive_inference.yaml", [typed])
         assert shorten(choose_model(asked, explicit), asked, explicit).num_output_frames == 120

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longlive.data.clips import read_clip
 from longlive.errors import InputError
-from longlive.inference.video import ContactSheet, VideoWriter, check_writable
+from longlive.inference.video import AnimationWriter, ContactSheet, VideoWriter, check_writable
 
 HEIGHT, WIDTH, FPS = 64, 96, 16
 
@@ -288,7 +288,7 @@ def chip_colours(sheet: Image.Image, num_tiles: int = 12) -> list[tuple[int, ...
 
 def test_an_animated_picture_shows_the_frames(tmp_path: Path) -> None:
     levels = list(range(20, 240, 11))
-    with VideoWriter(tmp_path / "a.webp", FPS, HEIGHT, WIDTH) as writer:
+    with AnimationWriter(tmp_path / "a.webp", FPS, HEIGHT, WIDTH) as writer:
         writer.write(grey_frames(levels))
         assert names(tmp_path) == ["a.partial.webp"]
     with Image.open(tmp_path / "a.webp") as picture:

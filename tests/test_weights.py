@@ -227,6 +227,18 @@ def test_every_layout_round_trips_exactly(tmp_path: Path, wan: Path) -> None:
     assert names == {str(path.relative_to(wan)) for path in wan.rglob("*") if path.is_file()}
 
 
+def test_a_model_that_sees_places_stays_one(tmp_path: Path, fake_module: ModuleType) -> None:
+    seeing, previous = replace(MICRO, sees_place=True), tmp_path / "0"
+    fake_module.write_dit(fake_module.Fake(seed=3), seeing, previous, 1, torch.float32)
+    for number, to in enumerate(("longlive", "wan", "longlive"), 1):
+        convert(previous, tmp_path / str(number), to)
+        previous = tmp_path / str(number)
+        assert read_dit(previous)[0] == seeing
+    with pytest.raises(InputError, match="sees_place"):
+        convert(previous, tmp_path / "hub", "diffusers")
+    assert not (tmp_path / "hub").exists()
+
+
 def test_sharded_original_folder_equals_single_file(tmp_path: Path, fake_module: ModuleType) -> None:
     for shards in (1, 3):
         write = fake_module.write_dit

@@ -18,7 +18,10 @@ Results = Mapping[str, Mapping[str, Any]]
 
 _ATTRIBUTES = ("attributes", "all", *BODY_COUNTS, "count", "background", "colour", "shape", "size", "motion", "clean")
 _BAND = ("mean", "low", "high")
-_COLOURS = ("#2f6db5", "#e07b28", "#3a9a6d", "#8a5fb0", "#c94a53", "#4aa5b8", "#b39023", "#7a7a7a")
+_COLOURS = (
+    *("#2f6db5", "#e07b28", "#3a9a6d", "#8a5fb0", "#c94a53"),
+    *("#4aa5b8", "#b39023", "#7a7a7a", "#2b3a67", "#a3c14a"),
+)
 
 
 def compare(named: Sequence[str], folder: Path) -> tuple[Path, Path]:
@@ -58,7 +61,7 @@ def _accuracy_table(results: Results) -> str:
         clips = {part: result[part] for part in ("world", "vae", "teacher") if part in result}
         clips |= {f"{time} s": figures for time, figures in result.get("length", {}).items()}
         rows += [
-            [run, clip, str(figures["all"]["num"]), *(_percent(figures[name]) for name in _ATTRIBUTES)]
+            [run, clip, str(figures["all"]["num"]), *(_percent(figures.get(name)) for name in _ATTRIBUTES)]
             for clip, figures in clips.items()
         ]
     return _table(["% right", "at", "videos", *_ATTRIBUTES], rows)
@@ -108,7 +111,9 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _percent(figure: Mapping[str, Any]) -> str:
+def _percent(figure: Mapping[str, Any] | None) -> str:
+    if figure is None:  # results of an older version
+        return "–"
     return _with_interval(figure, 100, 1)
 
 
@@ -135,6 +140,7 @@ def plot(results: Results, path: Path) -> None:
     """
     # Not pyplot: a Figure alone draws without a display and leaves no global state. Imported late, since it is slow.
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     colours = {run: _COLOURS[i % len(_COLOURS)] for i, run in enumerate(results)}
     lengths = {run: result["length"] for run, result in results.items() if "length" in result}
@@ -153,14 +159,13 @@ def plot(results: Results, path: Path) -> None:
         _draw_lines(grid[0, 0], "attributes right, %", _curves(lengths, "attributes", 100), colours)
         _draw_lines(grid[0, 1], "all right at once, %", _curves(lengths, "all", 100), colours)
         _draw_lines(grid[0, 2], "drift of the unnamed place, px", _curves(drifts, "place_px", 1), colours)
-        if len(results) > 1:
-            figure.legend(
-                *grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=8, edgecolor="none"
-            )
     if switches:
         _draw_bars(grid[-1, 0], "attributes right 0–2 s after a switch, %", switches, ("0-2 s", "attributes"), 100)
         _draw_bars(grid[-1, 1], "attributes right 2–4 s after a switch, %", switches, ("2-4 s", "attributes"), 100)
         _draw_bars(grid[-1, 2], "jump at a switch, px", switches, ("continuity", "jump_px"), 1)
+    if len(results) > 1:
+        handles = [Patch(color=colours[run], label=run) for run in results]
+        figure.legend(handles=handles, loc="outside upper center", ncols=8, edgecolor="none")
     with atomic_file(path) as file:
         figure.savefig(file, format=path.suffix[1:])
 

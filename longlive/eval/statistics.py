@@ -21,7 +21,7 @@ def share(hits: Sequence[bool]) -> Figure:
     centre = (mean + _Z**2 / (2 * num)) / (1 + _Z**2 / num)
     half = _Z / (1 + _Z**2 / num) * math.sqrt(mean * (1 - mean) / num + _Z**2 / (4 * num**2))
     # At 0 and 1 the interval ends there, but for rounding.
-    return _figure(mean, min(mean, max(centre - half, 0.0)), max(mean, centre + half), num)
+    return _figure(mean, min(mean, max(centre - half, 0.0)), max(mean, min(centre + half, 1.0)), num)
 
 
 def average(values: Sequence[float], least: float = -math.inf, most: float = math.inf) -> Figure:

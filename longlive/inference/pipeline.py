@@ -27,7 +27,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from longlive.data.clips import from_uint8, read_clip
 from longlive.data.prompts import Script
 from longlive.inference.session import Chunk, Models, Session, SessionConfig
-from longlive.inference.video import ContactSheet, VideoWriter
+from longlive.inference.video import AnimationWriter, ContactSheet, VideoWriter
 from longlive.weights.files import fingerprint, write_json
 
 log = logging.getLogger(__name__)
@@ -85,8 +85,14 @@ def plan_jobs(
 
 
 def missing_jobs(jobs: Sequence[Job], output: OutputConfig) -> list[Job]:
-    """The jobs whose video is not there yet; all, if they are to be overwritten."""
-    missing = [job for job in jobs if output.overwrite or not (output.folder / f"{job.name}.mp4").exists()]
+    """The jobs whose video, or animated picture where one is wanted, is not there yet; all, if they are to be
+    overwritten."""
+    suffixes = [".mp4", ".webp"] if output.animation else [".mp4"]
+    missing = [
+        job
+        for job in jobs
+        if output.overwrite or not all((output.folder / f"{job.name}{suffix}").exists() for suffix in suffixes)
+    ]
     if len(missing) < len(jobs):
         log.info("%d of %d videos are there already in %s", len(jobs) - len(missing), len(jobs), output.folder)
     return missing
@@ -206,22 +212,22 @@ class VideoFile:
         self.path = output.folder / f"{job.name}.mp4"
         size = (session.config.height, session.config.width)
         self._writer = VideoWriter(self.path, output.fps, *size, output.crf)
-        self._animation = VideoWriter(self.path.with_suffix(".webp"), output.fps, *size) if output.animation else None
+        animation = self.path.with_suffix(".webp")
+        self._animation = AnimationWriter(animation, output.fps, *size) if output.animation else None
+        self._open = ExitStack()
         factor = session.models.vae.config.temporal_factor
         self._starts = prompt_starts(job.script, session.config.sampler.frames_per_block, clip, factor)
         num_frames = num_video_frames(job.script, clip, factor)
         self._sheet = ContactSheet(num_frames, output.fps) if output.contact_sheet else None
 
     def __enter__(self) -> Self:
-        self._writer.__enter__()
+        self._open.enter_context(self._writer)
+        if self._animation is not None:
+            self._open.enter_context(self._animation)
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        try:
-            if self._animation is not None:
-                self._animation.__exit__(*exception)
-        finally:
-            self._writer.__exit__(*exception)
+        self._open.__exit__(*exception)
 
     def write(self, frames: Tensor) -> None:
         """Add frames [V, height, width, 3] uint8."""

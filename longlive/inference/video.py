@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 import av
 import torch
 from av.video.reformatter import Colorspace
+from av.video.stream import VideoStream
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -29,6 +30,8 @@ _MP4_OPTIONS = {"movflags": "+frag_keyframe+delay_moov+hybrid_fragmented", "flus
 # AVX-512 it even varies from run to run): both are fixed, so that the same frames give the same file everywhere.
 _H264_OPTIONS = {"preset": "veryfast", "threads": "4", "x264-params": "cpu-independent=1"}
 _COLOUR_OPTIONS = {"colorspace": "bt709", "color_primaries": "bt709", "color_trc": "bt709", "color_range": "tv"}
+_WithOptions = tuple[str, dict[str, str]]
+"""A name of FFmpeg's with its options."""
 _WEBP_OPTIONS = {"quality": "80", "compression_level": "6"}
 
 
@@ -41,8 +44,7 @@ def check_writable(folder: str | Path) -> None:
 
 
 class VideoWriter:
-    """H.264 mp4 (yuv420p, BT.709), or an animated WebP (BT.601) for a path that ends in .webp, encoded frame by frame
-    in constant memory. A context manager.
+    """H.264 mp4 (yuv420p, BT.709), encoded frame by frame in constant memory. A context manager.
 
     Until the end the file is `NAME.partial.mp4`, in fragments of one second, so that it plays even if the process is
     killed (then without the last two seconds or so, which are still in the encoder). Leaving the context completes it
@@ -51,7 +53,15 @@ class VideoWriter:
     name then does not appear. Threads may take turns with it, but not use it at once.
     """
 
+    _COLOURS = Colorspace.ITU709
+
     def __init__(self, path: str | Path, fps: int, height: int, width: int, crf: int = 18) -> None:
+        encoder = {"crf": str(crf), "g": str(fps), **_H264_OPTIONS, **_COLOUR_OPTIONS}
+        self._begin(path, fps, (height, width), ("mp4", _MP4_OPTIONS), ("libx264", encoder))
+
+    def _begin(
+        self, path: str | Path, fps: int, size: tuple[int, int], container: _WithOptions, encoder: _WithOptions
+    ) -> None:
         self.path = Path(path)
         self.partial_path = self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}")
         self.num_frames = 0
@@ -60,17 +70,11 @@ class VideoWriter:
         check_writable(self.path.parent)
         with _reporting_write_errors(self.path):
             # Absolute, because FFmpeg takes what stands before a colon in a relative path for a protocol.
-            target = str(self.partial_path.absolute())
-            if self.path.suffix == ".webp":
-                self._colours = Colorspace.ITU601
-                self._container = av.open(target, "w", format="webp", options={"loop": "0"})
-                self._stream = self._container.add_stream("libwebp_anim", rate=fps, options=_WEBP_OPTIONS)
-            else:
-                self._colours = Colorspace.ITU709
-                self._container = av.open(target, "w", format="mp4", options=_MP4_OPTIONS)
-                encoder = {"crf": str(crf), "g": str(fps), **_H264_OPTIONS, **_COLOUR_OPTIONS}
-                self._stream = self._container.add_stream("libx264", rate=fps, options=encoder)
-            self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
+            target, (kind, options) = str(self.partial_path.absolute()), container
+            self._container = av.open(target, "w", format=kind, options=options)
+            self._stream = cast(VideoStream, self._container.add_stream(encoder[0], rate=fps, options=encoder[1]))
+            self._stream.height, self._stream.width = size
+            self._stream.pix_fmt = "yuv420p"
             self._container.start_encoding()
 
     def write(self, frames: Tensor) -> None:
@@ -80,7 +84,7 @@ class VideoWriter:
         with self._lock, _reporting_write_errors(self.path):
             for pixels in frames.cpu().numpy():
                 rgb = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-                frame = rgb.reformat(format="yuv420p", dst_colorspace=self._colours)
+                frame = rgb.reformat(format="yuv420p", dst_colorspace=self._COLOURS)
                 frame.pts, frame.time_base = self.num_frames, self._time_base
                 self._container.mux(self._stream.encode(frame))
                 self.num_frames += 1
@@ -100,6 +104,16 @@ class VideoWriter:
                     self.partial_path.unlink()
             if error is None and self.num_frames > 0:
                 os.replace(self.partial_path, self.path)
+
+
+class AnimationWriter(VideoWriter):
+    """An animated WebP (BT.601), for small videos: a `VideoWriter` whose encoder keeps what it has been given in memory
+    and writes all of it at the end, so that the partial file of a killed process is empty."""
+
+    _COLOURS = Colorspace.ITU601
+
+    def __init__(self, path: str | Path, fps: int, height: int, width: int) -> None:
+        self._begin(path, fps, (height, width), ("webp", {"loop": "0"}), ("libwebp_anim", _WEBP_OPTIONS))
 
 
 class ContactSheet:

@@ -10,7 +10,7 @@ H heads, D = d / H, L = text_len.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -61,6 +61,13 @@ class DiTConfig:
     @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
+
+    def told(self) -> dict[str, Any]:
+        """What files say of a model: all sizes, and whether it sees places where it does."""
+        values = asdict(self)
+        if not self.sees_place:
+            del values["sees_place"]
+        return values
 
 
 PRESETS = {

@@ -211,7 +211,8 @@ class KVCache:
         assert not self.config.published_sink_fill, "what is in such a sink depends on when it is seen"
         end = start_frame + num_frames
         last_start, oldest = end - frames_per_block, self.config.oldest_seen(start_frame + frames_per_block)
-        assert self.config.window_frames == -1 or last_start - oldest <= self.capacity_frames - self.config.sink_frames
+        held = end if self.config.window_frames == -1 else self.config.sink_frames + end - oldest
+        assert held <= self.capacity_frames, f"a ring of {self.capacity_frames} frames has lost some of {held}"
         sink = torch.arange(min(self.config.sink_frames, last_start), device=self.device)
         newest = torch.arange(min(oldest, last_start), last_start, device=self.device)
         return CachePlan(

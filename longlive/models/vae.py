@@ -414,14 +414,12 @@ class WanVAE(nn.Module):
         chunks = pixels.tensor_split(later_chunks, dim=1)
         return torch.cat([self._encode_chunk(chunk, cache) for chunk in chunks], dim=1)
 
-    def decode(self, latents: Tensor, cache: StreamCache | None = None, latents_per_pass: int = 1) -> Tensor:
+    def decode(self, latents: Tensor, cache: StreamCache | None = None) -> Tensor:
         """Pixels of normalised latents, NOT clamped: what leaves [-1, 1] is for the caller to clamp.
 
         Args:
             latents: [B, f, z_dim, h, w], f >= 1.
             cache: the stream to continue, updated; without it `latents` is a whole clip.
-            latents_per_pass: as many are decoded at once, which is faster where frames are small and takes as much more
-                memory. Passes of different sizes agree up to rounding.
 
         Returns:
             [B, F, 3, 8h, 8w]: 1 video frame for the first latent of a stream or clip, 4 for every other.
@@ -429,16 +427,15 @@ class WanVAE(nn.Module):
         Raises:
             InputError: not 5 axes, no frame, or another number of channels than `z_dim`.
         """
-        if latents.ndim != 5 or latents.shape[1] < 1 or latents.shape[2] != self.config.z_dim:
-            raise InputError(f"latents are {tuple(latents.shape)}, accepted is [B, f, {self.config.z_dim}, h, w]")
+        self._check_latents(latents)
         cache = self.new_cache() if cache is None else cache
-        return torch.cat([self._decode_chunk(chunk, cache) for chunk in latents.split(latents_per_pass, dim=1)], dim=1)
+        return torch.cat([self._decode_chunk(chunk, cache) for chunk in latents.split(1, dim=1)], dim=1)
 
     def decode_last(self, latents: Tensor) -> Tensor:
         """The last video frame [B, 1, 3, 8h, 8w] of a whole clip [B, f, z_dim, h, w]: that of `decode`, up to rounding,
-        without most of the others."""
-        z = self._channels_first(latents) * self.latents_std + self.latents_mean
-        return self.decoder.last_frame(self.conv2(z)).transpose(1, 2)
+        without most of the others. Raises as `decode` does."""
+        self._check_latents(latents)
+        return self.decoder.last_frame(self._features(latents)).transpose(1, 2)
 
     def encode_distribution(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the posterior of a whole clip, not normalised; in one pass, for training.
@@ -473,9 +470,16 @@ class WanVAE(nn.Module):
         return self.normalized(mu.transpose(1, 2))
 
     def _decode_chunk(self, latents: Tensor, cache: StreamCache) -> Tensor:
-        z = self._channels_first(latents) * self.latents_std + self.latents_mean
-        pixels, cache.features = self.decoder(self.conv2(z), cache.features)
+        pixels, cache.features = self.decoder(self._features(latents), cache.features)
         return pixels.transpose(1, 2)
+
+    def _features(self, latents: Tensor) -> Tensor:
+        """What the decoder is given of normalised latents."""
+        return self.conv2(self._channels_first(latents) * self.latents_std + self.latents_mean)
+
+    def _check_latents(self, latents: Tensor) -> None:
+        if latents.ndim != 5 or latents.shape[1] < 1 or latents.shape[2] != self.config.z_dim:
+            raise InputError(f"latents are {tuple(latents.shape)}, accepted is [B, f, {self.config.z_dim}, h, w]")
 
     def _channels_first(self, x: Tensor) -> Tensor:
         """[B, T, C, H, W] -> [B, C, T, H, W] in the parameters' dtype; one memory layout whatever the caller's."""

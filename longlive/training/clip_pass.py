@@ -42,7 +42,7 @@ class ClipPass:
         """x0 [B, F, C, height, width] of the blocks that these exit steps end, the first of which starts at a frame.
 
         prompt_embeds [B, L, text_dim]: the prompt of all of them. The cache is as the rollout left it, and must not
-        change before the backward pass.
+        change before the backward pass; one that grows would leave replayed calls behind.
         """
         if cache is not self._cache:
             self._cache, self._calls = cache, {}

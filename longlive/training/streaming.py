@@ -84,6 +84,8 @@ class StreamingSequence:
         prompt = self.prompts[switch is not None and first > switch]
         with torch.no_grad():  # the weights may have changed since the last chunk
             rollout.text = rollout.model.project_text(prompt)
+        at_once = self.trained if isinstance(self.trained, ClipPass) else None
+        block_by_block = self.trained if isinstance(self.trained, WanDiT) else None
         blocks: list[Tensor] = []
         exits: list[ExitStep] = []
         for index, offset in enumerate(range(0, end - first, num)):
@@ -95,16 +97,16 @@ class StreamingSequence:
             has_gradient = gradient_from_frame is not None and offset >= gradient_from_frame
             training = BlockTraining(
                 exit_step=chunk.exit_steps[index],
-                trained=self.trained if has_gradient and isinstance(self.trained, WanDiT) else None,
+                trained=block_by_block if has_gradient else None,
                 prompt_embeds=prompt,
                 context_noise=None if chunk.context is None else chunk.context[:, span],
                 is_last=is_last and first + offset + num == end,
-                exits=exits if has_gradient and isinstance(self.trained, ClipPass) else None,
+                exits=exits if has_gradient and at_once is not None else None,
             )
             fresh = [noise[:, span] for noise in chunk.renoise]
             blocks.append(rollout.next_block(chunk.noise[:, span], fresh.__getitem__, training))
-        if exits and isinstance(self.trained, ClipPass):
-            blocks[-len(exits) :] = [self.trained(exits, prompt, rollout.cache, end - num * len(exits))]
+        if exits and at_once is not None:
+            blocks[-len(exits) :] = [at_once(exits, prompt, rollout.cache, end - num * len(exits))]
         return torch.cat(blocks, dim=1)
 
 

@@ -9,15 +9,8 @@ from longlive.errors import InputError
 UNUSED = frozenset(
     {
         *("data_path", "prompt", "start_from", "output_folder", "overwrite", "save_with_index", "contact_sheet"),
-        *(
-            "animation",
-            "inference_iter",
-            "num_samples",
-            "num_output_frames",
-            "batch_size",
-            "switch_frame_indices",
-            "seed",
-        ),
+        *("animation", "inference_iter", "num_samples", "num_output_frames"),
+        *("batch_size", "switch_frame_indices", "seed"),
     }
 )
 """Keys of inference that mean nothing here. Its configuration files may hold them."""

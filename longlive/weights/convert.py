@@ -144,6 +144,8 @@ def _write_folder(
 ) -> list[Path]:
     paths = FILES[to]
     for network in networks:
+        if to == "diffusers" and network.part is DIT and network.config.sees_place:
+            raise InputError("diffusers has no transformer whose patches are told where they lie (sees_place)")
         _check_free(network, destination, destination / paths[network.part.name])
     written = []
     for network in networks:
@@ -203,16 +205,14 @@ def _hub_config(network: Network, to: str) -> dict[str, Any]:
 
 def wan_dit_config(config: DiTConfig) -> dict[str, Any]:
     """The `config.json` of the original layout."""
-    values = asdict(config)
+    values = config.told()
     sizes = {"in_dim": values.pop("in_channels"), "out_dim": values.pop("out_channels")}
     return {"_class_name": "WanModel", "model_type": "t2v", **values, **sizes}
 
 
 def _diffusers_dit_config(config: DiTConfig) -> dict[str, Any]:
-    if config.sees_place:
-        raise InputError("diffusers has no transformer that is told where patches lie (sees_place)")
-    values = asdict(config)
-    del values["dim"], values["text_len"], values["sees_place"]
+    values = config.told()
+    del values["dim"], values["text_len"]
     heads = {"num_attention_heads": values.pop("num_heads"), "attention_head_dim": config.head_dim}
     fixed = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024}
     return {"_class_name": "WanTransformer3DModel", **values, **heads, **fixed}

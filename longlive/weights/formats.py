@@ -178,7 +178,8 @@ def _vae_names_of(state_dict: StateDict) -> Names:
 
 
 def _dit_sizes(state_dict: StateDict) -> dict[str, Any]:
-    """What shapes tell of a `DiTConfig`. Not the number of heads: Wan's are known, others get 0."""
+    """What shapes tell of a `DiTConfig`. Not the number of heads: Wan's are known, others get 0. Where a model is told
+    to see places, its `in_channels` are told too."""
     dim, in_channels, *patch_size = state_dict["patch_embedding.weight"].shape
     patch_height, patch_width = patch_size[1:]
     return {
