@@ -5,7 +5,7 @@ softmax(q k^T / sqrt(d)) v, no mask. The choice is made once, when a model is bu
 flash-attn, which is optional.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 import torch
@@ -50,6 +50,14 @@ def flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     out = out[0] if isinstance(out, tuple) else out  # early releases also return the log-sum-exp
     return out.transpose(1, 2)
+
+
+def attend_to(
+    attention: AttentionFn, q: Tensor, k: Tensor, v: Tensor, queries: slice, parts: Sequence[slice]
+) -> Tensor:
+    """Attention of some of the queries to those parts of all keys that they see, put together: no mask is needed."""
+    keys, values = (torch.cat([x[:, :, part] for part in parts], dim=2) for x in (k, v))
+    return attention(q[:, :, queries], keys, values)
 
 
 BACKENDS: dict[str, AttentionFn] = {"sdpa": sdpa, "cudnn": cudnn, "flash2": flash2, "flash3": flash3}

@@ -58,6 +58,16 @@ class CacheConfig:
             return self.sink_frames
         return max(self.sink_frames, end - (self.window_frames - self.sink_frames))
 
+    def past_seen(self, start: int, end: int) -> tuple[int, int]:
+        """Of the frames before `start`, what a pass over [start, end) sees: the first so many, and all from the second
+        number on."""
+        return min(self.sink_frames, start), min(self.oldest_seen(end), start)
+
+    def clip_past(self, start: int, num_frames: int, frames_per_block: int) -> tuple[int, int]:
+        """What all blocks of a clip see before them: so many frames of the sink, and behind it all from the second
+        number on."""
+        return min(self.sink_frames, start + num_frames - frames_per_block), self.oldest_seen(start + frames_per_block)
+
 
 @dataclass(frozen=True)
 class CachePlan:
@@ -189,7 +199,7 @@ class KVCache:
         first = min(max(start_frame, num_sink), end) if published and not is_first else start_frame
         num_filled = max(0, min(num_sink, end) - start_frame) if published and is_first else 0
         sink = torch.arange(self._num_sink_seen(end), device=self.device)
-        newest = torch.arange(min(self.config.oldest_seen(end), start_frame), start_frame, device=self.device)
+        newest = torch.arange(self.config.past_seen(start_frame, end)[1], start_frame, device=self.device)
         seen = torch.cat([sink[(sink < first) | (sink >= end)], newest])
         frames = torch.arange(start_frame, end, device=self.device)
         return CachePlan(
@@ -210,10 +220,11 @@ class KVCache:
         """
         assert not self.config.published_sink_fill, "what is in such a sink depends on when it is seen"
         end = start_frame + num_frames
-        last_start, oldest = end - frames_per_block, self.config.oldest_seen(start_frame + frames_per_block)
+        last_start = end - frames_per_block
+        num_sink, oldest = self.config.clip_past(start_frame, num_frames, frames_per_block)
         held = end if self.config.window_frames == -1 else self.config.sink_frames + end - oldest
         assert held <= self.capacity_frames, f"a ring of {self.capacity_frames} frames has lost some of {held}"
-        sink = torch.arange(min(self.config.sink_frames, last_start), device=self.device)
+        sink = torch.arange(num_sink, device=self.device)
         newest = torch.arange(min(oldest, last_start), last_start, device=self.device)
         return CachePlan(
             frames=torch.arange(start_frame, end, device=self.device),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from longlive.flow import flow_to_x0
-from longlive.models.attention import AttentionFn
+from longlive.models.attention import AttentionFn, attend_to
 from longlive.models.dit import WanDiT
 from longlive.models.kv_cache import CacheConfig, CachePlan, KVCache
 from longlive.rollout import ExitStep
@@ -94,25 +94,18 @@ def clip_attention(
 
     A call for each block, on the keys it sees, and so without any mask.
     """
-    end_frame = start_frame + num_frames
-    num_sink = min(cache.sink_frames, end_frame - frames_per_block)
-    oldest = cache.oldest_seen(start_frame + frames_per_block)
+    num_sink, oldest = cache.clip_past(start_frame, num_frames, frames_per_block)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [B, H, F S, D], k and v [B, H, P + F S, D] -> [B, H, F S, D]."""
-        size = q.shape[2] // num_frames
-        num_past = k.shape[2] - q.shape[2]
-        outs = []
-        for start in range(start_frame, end_frame, frames_per_block):
+        size, num_past, outs = q.shape[2] // num_frames, k.shape[2] - q.shape[2], []
+        for start in range(start_frame, start_frame + num_frames, frames_per_block):
             end = start + frames_per_block
+            num_seen, first = cache.past_seen(start, end)
             own = slice((start - start_frame) * size, (end - start_frame) * size)
             own_keys = slice(num_past + own.start, num_past + own.stop)
-            sink = slice(0, min(cache.sink_frames, start) * size)
-            first = max(min(cache.oldest_seen(end), start) - oldest, 0)
-            newest = slice((num_sink + first) * size, (num_sink + max(start - oldest, 0)) * size)
-            keys, values = ([x[:, :, part] for part in (sink, newest, own_keys)] for x in (k, v))
-            out = attention(q[:, :, own], torch.cat(keys, dim=2), torch.cat(values, dim=2))
-            outs.append(out)
+            newest = slice(*((num_sink + max(frame - oldest, 0)) * size for frame in (first, start)))
+            outs.append(attend_to(attention, q, k, v, own, (slice(0, num_seen * size), newest, own_keys)))
         return torch.cat(outs, dim=2)
 
     return attend

@@ -11,7 +11,7 @@ Shapes: F frames of S tokens, clean then noisy: T = 2 F S tokens.
 import torch
 from torch import Tensor, nn
 
-from longlive.models.attention import AttentionFn
+from longlive.models.attention import AttentionFn, attend_to
 from longlive.models.dit import WanDiT
 from longlive.models.kv_cache import CacheConfig
 
@@ -55,20 +55,14 @@ def teacher_forcing(num_frames: int, frames_per_block: int, cache: CacheConfig, 
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v [B, H, T, D] -> [B, H, T, D]."""
-        size = q.shape[2] // (2 * num_frames)
-        (clean_k, noisy_k), (clean_v, noisy_v) = k.chunk(2, dim=2), v.chunk(2, dim=2)
-        outs: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for start in range(0, num_frames, frames_per_block):
-            end = start + frames_per_block
-            own = slice(start * size, end * size)
-            sink = slice(0, min(cache.sink_frames, start) * size)
-            newest = slice(min(cache.oldest_seen(end), start) * size, own.start)
-            past_k, past_v = [clean_k[:, :, sink], clean_k[:, :, newest]], [clean_v[:, :, sink], clean_v[:, :, newest]]
-            for out, own_q, own_k, own_v in zip(
-                outs, q.chunk(2, dim=2), (clean_k, noisy_k), (clean_v, noisy_v), strict=True
-            ):
-                keys, values = [*past_k, own_k[:, :, own]], [*past_v, own_v[:, :, own]]
-                out.append(attention(own_q[:, :, own], torch.cat(keys, dim=2), torch.cat(values, dim=2)))
-        return torch.cat([*outs[0], *outs[1]], dim=2)
+        size, outs = q.shape[2] // (2 * num_frames), []
+        for half in (0, num_frames):  # clean, noisy
+            for start in range(0, num_frames, frames_per_block):
+                end = start + frames_per_block
+                num_sink, oldest = cache.past_seen(start, end)
+                own = slice((half + start) * size, (half + end) * size)
+                past = (slice(0, num_sink * size), slice(oldest * size, start * size))
+                outs.append(attend_to(attention, q, k, v, own, (*past, own)))
+        return torch.cat(outs, dim=2)
 
     return attend
