@@ -206,6 +206,14 @@ def test_drift_of_unnamed_state_is_measured(motion: str) -> None:
     assert score_unnamed(last, scene) == {"place": False, "tint": False, "marker": False}
 
 
+@pytest.mark.parametrize("looks", [PAIR.looks, tuple(replace(look, motion="still") for look in PAIR.looks)])
+def test_bodies_seen_in_another_order_have_not_drifted(looks: tuple[Look, ...]) -> None:
+    """Which of two bodies a window finds first depends on its first frame."""
+    first = judge(video(Caption("grey", looks)))
+    later = replace(first, bodies=first.bodies[::-1])
+    assert (drift(first, later).place_px, drift(first, later).tint) == (0, 0)
+
+
 def test_place_along_a_travel_is_no_drift() -> None:
     scene = scene_of(Caption("black", (Look("green", "square", "small", "right"),)), random.Random(2))
     first, last = (judge(render([it], 0, PLACE_FRAMES)[0]) for it in (scene, moved(scene, dx=20)))

@@ -202,9 +202,11 @@ def score_unnamed(reading: Reading, scene: Scene) -> dict[str, bool]:
 
 
 def drift(first: Reading, later: Reading) -> Drift:
-    """How far unnamed state has moved from one window of a video to another."""
-    is_comparable = len(first.bodies) == len(later.bodies)
-    pairs = list(zip(first.bodies, later.bodies, strict=True)) if is_comparable else []
+    """How far unnamed state has moved from one window of a video to another.
+
+    Windows may show bodies in another order: they are paired such that they look most alike.
+    """
+    pairs = _alike(first.bodies, later.bodies) if len(first.bodies) == len(later.bodies) else []
     places = [away for a, b in pairs if (away := _place_distance(a.place, b.place)) is not None]
     tints = [
         abs(a.tint - b.tint) for a, b in pairs if a.tint is not None and b.tint is not None and a.colour == b.colour
@@ -215,6 +217,15 @@ def drift(first: Reading, later: Reading) -> Drift:
         max(tints, default=None),
         first.marker == later.marker if is_marked else None,
         float(np.abs(np.subtract(first.background_rgb, later.background_rgb)).max()),
+    )
+
+
+def _alike(bodies: Sequence[BodyReading], others: Sequence[BodyReading]) -> list[tuple[BodyReading, BodyReading]]:
+    """Each body with one of as many others, with the most attributes in common; in their order where that is even."""
+    pairings = [list(zip(bodies, order, strict=True)) for order in itertools.permutations(others)]
+    return max(
+        pairings,
+        key=lambda pairs: sum(getattr(a, name) == getattr(b, name) for a, b in pairs for name in CAPTIONED[2:]),
     )
 
 
