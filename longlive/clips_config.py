@@ -44,6 +44,9 @@ class ClipsConfig(Section):
     guidance_scale: float = setting(3.0, "teacher: cond + scale (cond - uncond)", at_least(0))
     num_steps: int = setting(50, "teacher: denoising steps", at_least(1))
     timestep_shift: float = setting(5.0, "teacher: warp of the noise schedule, its own and the student's", POSITIVE)
+    stochastic: bool = setting(
+        False, "teacher: draw noise anew in every step, which mends what earlier steps did wrong; not with trajectory"
+    )
     trajectory: bool = setting(
         False, "teacher: store the states at denoising_step_list too, from which causal_init learns by regression"
     )
@@ -60,5 +63,7 @@ class ClipsConfig(Section):
         super().__post_init__()
         if self.trajectory and self.source != "teacher":
             raise InputError(f"trajectory=true: needs source=teacher, not {self.source}; videos have no noisy states")
+        if self.trajectory and self.stochastic:
+            raise InputError("trajectory=true stochastic=true: a student learns from the deterministic path alone")
         if self.world is not None and self.source != "teacher":
             raise InputError(f"world={self.world}: needs source=teacher, not {self.source}")

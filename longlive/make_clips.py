@@ -34,7 +34,7 @@ from longlive.train_inputs import CLIP_SETTINGS, existing_folder, read_network
 from longlive.training.dmd import Score
 from longlive.training.draw import derived_seed
 from longlive.training.networks import Weights
-from longlive.training.ode import sample_ode
+from longlive.training.sampling import sample_clips
 from longlive.weights.files import atomic_file, check_finite, fingerprint, load_into, read_json, shorten, write_json
 
 log = logging.getLogger(__name__)
@@ -141,13 +141,14 @@ def make_teacher(config: ClipsConfig, prompts: Sequence[str]) -> Make:
         shift=config.timestep_shift,
         num_steps=config.num_steps,
         keep_sigmas=student_sigmas(config) if config.trajectory else (),
+        stochastic=config.stochastic,
     )
     return sampled_clips(load_teacher(config, weights, device), encode_prompts, prompts, sampling, device)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a teacher is sampled, see `sample_ode`. latent_shape: frames, channels, height, width of a clip."""
+    """How a teacher is sampled, see `sample_clips`. latent_shape: frames, channels, height, width of a clip."""
 
     latent_shape: tuple[int, int, int, int]
     seed: int
@@ -155,7 +156,8 @@ class Sampling:
     guidance: float
     shift: float
     num_steps: int
-    keep_sigmas: tuple[float, ...]
+    keep_sigmas: tuple[float, ...] = ()
+    stochastic: bool = False
 
 
 def sampled_clips(
@@ -169,16 +171,22 @@ def sampled_clips(
 
     def make(numbers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         seeds = [derived_seed(sampling.seed, "clip", number) for number in numbers]
-        noise = [torch.randn(sampling.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return sample_ode(
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+        def draw_noise() -> Tensor:
+            noise = [torch.randn(sampling.latent_shape, generator=generator) for generator in generators]
+            return torch.stack(noise).to(device)
+
+        return sample_clips(
             teacher,
-            torch.stack(noise).to(device),
+            draw_noise(),
             encode_prompts([prompts[number] for number in numbers]),
             encode_prompts([sampling.negative_prompt] * len(numbers)),
             guidance=sampling.guidance,
             shift=sampling.shift,
             num_steps=sampling.num_steps,
             keep_sigmas=sampling.keep_sigmas,
+            fresh_noise=draw_noise if sampling.stochastic else None,
         )
 
     return make

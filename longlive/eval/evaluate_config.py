@@ -67,7 +67,8 @@ class EvaluateConfig(InferenceConfig):
 
     teacher_ckpt: str | None = setting(None, "teacher: weights of the bidirectional model", path=True)
     teacher_steps: int = setting(50, "teacher: denoising steps", at_least(1))
-    teacher_guidance: float = setting(3.0, "teacher: cond + guidance (cond - uncond)", at_least(0))
+    teacher_guidance: float = setting(1.0, "teacher: cond + guidance (cond - uncond)", at_least(0))
+    teacher_stochastic: bool = setting(True, "teacher: draw noise anew in every step; false = the deterministic path")
     teacher_timestep_shift: float = setting(10.0, "teacher: schedule of its steps, as in its training", POSITIVE)
 
     def __post_init__(self) -> None:
@@ -99,4 +100,5 @@ def teacher_clips(config: EvaluateConfig, seed: int, num_frames: int) -> ClipsCo
         guidance_scale=config.teacher_guidance,
         num_steps=config.teacher_steps,
         timestep_shift=config.teacher_timestep_shift,
+        stochastic=config.teacher_stochastic,
     )

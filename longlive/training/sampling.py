@@ -1,11 +1,15 @@
-"""Clips sampled from a bidirectional model: the deterministic path that leads from noise to data.
+"""Clips sampled from a bidirectional model: along the deterministic path from noise to data, or by its random walk.
 
 Flow matching (arXiv 2210.02747) says how a state moves with the noise level: dx/dsigma = v(x, sigma). A causal student
 learns from where this path ends, and from its states at the student's own denoising steps (CausVid, arXiv 2412.07772).
+A walk with the same distribution at every noise level draws noise anew in every step, and so mends what earlier steps
+did wrong (Song et al., arXiv 2011.13456; Karras et al., arXiv 2206.00364, section 4).
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +19,7 @@ from longlive.training.dmd import Score
 
 
 @torch.no_grad()
-def sample_ode(
+def sample_clips(
     model: Score,
     noise: Tensor,
     text: Tensor,
@@ -25,30 +29,32 @@ def sample_ode(
     shift: float = 5.0,
     num_steps: int = 50,
     keep_sigmas: Sequence[float] = (),
+    fresh_noise: Callable[[], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Follow the path from noise [B, F, C, h, w] to x0 of the same shape and type, float32 or float64.
+    """Go from noise [B, F, C, h, w] to x0 of the same shape and type, float32 or float64.
 
     text, negative: the prompts and the negative ones [B, L, text_dim]; guidance: the model's flow is
     cond + guidance (cond - uncond), and 0 spares the second call. num_steps: uniform noise levels, warped by `shift`.
     keep_sigmas: S noise levels in (0, 1], descending, that become steps of the solver as well, so that the states
     there, returned as [B, S, F, C, h, w] (None without any), are points of the path and not interpolated.
+    fresh_noise: draws noise as `noise`, for the random walk; None = the deterministic path.
     """
     assert all(a > b for a, b in pairwise((*keep_sigmas, 0.0))), keep_sigmas
-    solver = _Solver()
+    solver: _Solver = _Ode() if fresh_noise is None else _Sde(fresh_noise)
     kept = []
     xt = noise
-    for sigma, next_sigma in pairwise(ode_sigmas(shift, num_steps, keep_sigmas)):
+    for sigma, next_sigma in pairwise(noise_levels(shift, num_steps, keep_sigmas)):
         if sigma in keep_sigmas:
             kept.append(xt)
         timesteps = torch.full(noise.shape[:2], sigma * NUM_TRAIN_TIMESTEPS, device=noise.device)
         flow = model(xt, timesteps, text).to(xt.dtype)
         if guidance != 0.0:
             flow = flow + guidance * (flow - model(xt, timesteps, negative).to(xt.dtype))
-        xt = solver.step(xt, flow, next_sigma - sigma)
+        xt = solver.step(xt, flow, sigma, next_sigma)
     return xt, torch.stack(kept, dim=1) if kept else None
 
 
-def ode_sigmas(shift: float, num_steps: int, keep_sigmas: Sequence[float] = ()) -> list[float]:
+def noise_levels(shift: float, num_steps: int, keep_sigmas: Sequence[float] = ()) -> list[float]:
     """Noise levels from 1 to 0: `num_steps` warped uniform steps, and exactly those to keep between them."""
     warped = shift_sigma(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift).tolist()
     # Levels to keep come from float32 tables, so that those that are also steps may differ in the last digits.
@@ -56,7 +62,13 @@ def ode_sigmas(shift: float, num_steps: int, keep_sigmas: Sequence[float] = ()) 
     return sorted([*others, *keep_sigmas], reverse=True)
 
 
-class _Solver:
+class _Solver(Protocol):
+    def step(self, xt: Tensor, flow: Tensor, sigma: float, next_sigma: float) -> Tensor:
+        """The state at next_sigma < sigma; xt, flow: those at sigma."""
+        ...
+
+
+class _Ode:
     """Adams-Bashforth of second order for steps of any length: Euler, with the flow extrapolated to mid-step.
 
     One model call a step, as Euler, for an error several times smaller at 50 steps. A step much longer than the one
@@ -66,11 +78,36 @@ class _Solver:
     def __init__(self) -> None:
         self._previous: tuple[Tensor, float] | None = None
 
-    def step(self, xt: Tensor, flow: Tensor, length: float) -> Tensor:
-        """The state after a step of this length in sigma; flow: that at xt."""
-        mean_flow = flow
+    def step(self, xt: Tensor, flow: Tensor, sigma: float, next_sigma: float) -> Tensor:
+        length, mean_flow = next_sigma - sigma, flow
         if self._previous is not None:
             previous_flow, previous_length = self._previous
             mean_flow = flow + min(length / (2 * previous_length), 1.0) * (flow - previous_flow)
         self._previous = flow, length
         return xt + length * mean_flow
+
+
+class _Sde:
+    """DPM-Solver++(2M) for the diffusion SDE (arXiv 2211.01095, appendix D) in the terms of flow matching.
+
+    Of the noise at the next level the share r = e^{-h} is the old one, with h the step in log((1 - sigma) / sigma). One
+    model call a step, with x0 extrapolated to mid-step by the one before, as `_Ode` does with the flow.
+    """
+
+    def __init__(self, fresh_noise: Callable[[], Tensor]) -> None:
+        self._fresh_noise = fresh_noise
+        self._previous: tuple[Tensor, float] | None = None
+
+    def step(self, xt: Tensor, flow: Tensor, sigma: float, next_sigma: float) -> Tensor:
+        x0 = xt - sigma * flow
+        if next_sigma == 0.0:
+            return x0
+        kept = next_sigma * (1 - sigma) / (sigma * (1 - next_sigma))
+        length, mean_x0 = -math.log(kept) if kept > 0 else math.inf, x0
+        if self._previous is not None:
+            previous_x0, previous_length = self._previous
+            mean_x0 = x0 + min(length / (2 * previous_length), 1.0) * (x0 - previous_x0)
+        self._previous = x0, length
+        new = 1 - kept**2
+        xt = kept * next_sigma / sigma * xt + (1 - next_sigma) * new * mean_x0
+        return xt + next_sigma * math.sqrt(new) * self._fresh_noise()
