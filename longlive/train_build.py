@@ -253,7 +253,7 @@ def encode_world(config: TrainConfig, inputs: Inputs, device: torch.device) -> L
 def cache_config(config: TrainConfig) -> CacheConfig:
     kwargs = config.model_kwargs
     is_published = config.recache_policy == "published" and kwargs.sink_size > config.num_frame_per_block
-    return CacheConfig(kwargs.local_attn_size, kwargs.sink_size, published_sink_fill=is_published)
+    return CacheConfig(kwargs.local_attn_size, kwargs.sink_size, kwargs.use_infinite_attention, is_published)
 
 
 def switch_policy(config: TrainConfig) -> SwitchPolicy:

@@ -271,9 +271,11 @@ class TrainConfig(Section):
                 f"model_kwargs.local_attn_size={model.local_attn_size}: must be -1 or hold the sink and one block, at "
                 f"least sink_size + num_frame_per_block = {model.sink_size} + {block}"
             )
-        if model.use_infinite_attention:
+        if model.use_infinite_attention and self.stage not in DISTRIBUTION_MATCHING:
+            raise InputError(f"model_kwargs.use_infinite_attention=true: not available with stage={self.stage}")
+        if model.use_infinite_attention and self.activation_checkpointing != "none" and not self.one_gradient_pass:
             raise InputError(
-                "model_kwargs.use_infinite_attention=true: training uses absolute positions, generating may use others"
+                "use_infinite_attention=true: needs one_gradient_pass=true or activation_checkpointing=none"
             )
         if self.stage not in DISTRIBUTION_MATCHING and self.clips_path is None and self.world is None:
             raise InputError(f"clips_path is not given, and stage={self.stage} trains on clips")

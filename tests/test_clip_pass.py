@@ -56,15 +56,16 @@ def train_chunks(
 GEOMETRIES = [(12, 3, 3), (6, 3, 3), (6, 0, 3), (8, 3, 2), (9, 2, 4), (12, 6, 3), (7, 1, 2), (12, 4, 4)]
 
 
+@pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize(("switch", "policy"), [(None, "keep"), (1, "keep"), (1, "rewrite"), (5, "keep"), (5, "none")])
 def test_frames_and_gradients_are_those_of_a_pass_for_each_block(
-    geometry: tuple[int, int, int], switch: int | None, policy: SwitchPolicy
+    geometry: tuple[int, int, int], switch: int | None, policy: SwitchPolicy, relative: bool
 ) -> None:
     """switch: before this block."""
     window, sink, block = geometry
     model = tiny_dit().requires_grad_(True)
-    config = CacheConfig(window, sink)
+    config = CacheConfig(window, sink, relative)
     frame = None if switch is None else switch * block
     made, gradients = train_chunks(ClipPass(model, block, sdpa), model, config, block, frame, policy)
     expected, expected_gradients = train_chunks(model, model, config, block, frame, policy)
@@ -89,10 +90,11 @@ def test_a_ring_that_has_lost_what_a_block_sees() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("switch", [None, 9])
-def test_replayed_as_graphs(switch: int | None) -> None:
+def test_replayed_as_graphs(switch: int | None, relative: bool) -> None:
     model = tiny_dit().cuda().requires_grad_(True)
-    config = CacheConfig(6, 3)
+    config = CacheConfig(6, 3, relative)
     run = partial(train_chunks, model=model, config=config, block=3, switch=switch, policy="keep", device="cuda")
     with torch.backends.cudnn.flags(allow_tf32=False):
         replayed = run(ClipPass(model, 3, sdpa, GraphedModule))

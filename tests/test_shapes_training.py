@@ -65,6 +65,17 @@ def test_a_finished_stage_is_not_trained_again(runs: Path) -> None:
     assert (vae / "metrics.jsonl").read_bytes() == before
 
 
+RELATIVE = "model_kwargs.use_infinite_attention=true"
+
+
+def test_positions_within_the_window(runs: Path, tmp_path: Path) -> None:
+    """Three blocks of a sequence: the window is full, and the sink moves."""
+    start = (f"vae_ckpt={runs}/vae/vae.safetensors", f"init_logdir={runs}/train_init")
+    teacher, longer = f"real_ckpt={runs}/teacher/generator.safetensors", "streaming_chunk_size=9"
+    assert train("train_long", tmp_path, *start, teacher, longer, RELATIVE) == 0
+    assert "use_infinite_attention: true" in (tmp_path / "train_long" / "inference.yaml").read_text()
+
+
 def test_causal_init_by_regression(runs: Path, tmp_path: Path) -> None:
     vae, teacher = f"vae_ckpt={runs}/vae/vae.safetensors", f"{runs}/teacher/generator.safetensors"
     config = f"--config_path={ROOT}/configs/shapes_clips.yaml"
@@ -77,15 +88,21 @@ def test_causal_init_by_regression(runs: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("stage", "settings", "message"),
     [
-        (("height=80",), "world=shapes: its pictures are of height=64, width=96, fps=16"),
-        (("clips_path=clips.jsonl",), "there can be only one of them"),
-        (("world=cubes",), "world=cubes: must be one of shapes"),
+        ("causal_init", (RELATIVE,), "use_infinite_attention=true: not available with stage=causal_init"),
+        (
+            "train_init",
+            (RELATIVE, "cuda_graphs=false", "activation_checkpointing=full", "one_gradient_pass=false"),
+            "use_infinite_attention=true: needs one_gradient_pass=true or activation_checkpointing=none",
+        ),
+        ("vae", ("height=80",), "world=shapes: its pictures are of height=64, width=96, fps=16"),
+        ("vae", ("clips_path=clips.jsonl",), "there can be only one of them"),
+        ("vae", ("world=cubes",), "world=cubes: must be one of shapes"),
     ],
 )
 def test_wrong_settings(
-    settings: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stage: str, settings: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train("vae", tmp_path, *settings) == 2
+    assert train(stage, tmp_path, *settings) == 2
     assert message in capsys.readouterr().err

@@ -27,7 +27,9 @@ SHORT: dict[str, Any] = {"clip": 4, "switches": (6,), "max_frames": 8}
 
 # After 3 steps the streaming run is in the middle of a sequence whose switch is still to come; it ends in the next one.
 FULL = Setup("self_forcing", num_steps=5, save_interval=2, ema=EMA)
-LORA = Setup("streaming", num_steps=5, save_interval=2, ema=EMA, has_lora=True, switches=(22,), max_frames=24)
+LORA = Setup(
+    "streaming", num_steps=5, save_interval=2, ema=EMA, has_lora=True, relative=True, switches=(22,), max_frames=24
+)
 
 
 def newest(folder: Path) -> Path:

@@ -85,6 +85,7 @@ class Setup:
     shard_size: int | None = None
     window: int = 4
     sink: int = 1
+    relative: bool = False
     block: int = 2
     clip: int = 6
     policy: SwitchPolicy = "keep"
@@ -111,7 +112,7 @@ def sampler_of(setup: Setup) -> Sampler:
 
 
 def cache_of(setup: Setup) -> CacheConfig:
-    return CacheConfig(setup.window, setup.sink)
+    return CacheConfig(setup.window, setup.sink, setup.relative)
 
 
 class ToyClips:

@@ -58,6 +58,10 @@ class CacheConfig:
             return self.sink_frames
         return max(self.sink_frames, end - (self.window_frames - self.sink_frames))
 
+    def sink_shift(self, end: int) -> int:
+        """How far the sink's positions lie ahead of its frames' own, in a pass that ends before frame `end`."""
+        return max(0, end - self.window_frames) if self.relative and self.window_frames != -1 else 0
+
     def past_seen(self, start: int, end: int) -> tuple[int, int]:
         """Of the frames before `start`, what a pass over [start, end) sees: the first so many, and all from the second
         number on."""
@@ -177,7 +181,7 @@ class KVCache:
             num_skipped=(first - start_frame) * self.frame_tokens,
             num_sink_tokens=num_sink_written * self.frame_tokens,
             visible=self._visible(end),
-            sink_shift=self._sink_shift(end),
+            sink_shift=self.config.sink_shift(end),
         )
 
     def plan_block(self, start_frame: int, num_frames: int) -> tuple[CachePlan, CachePlan]:
@@ -192,7 +196,7 @@ class KVCache:
 
         is_first: whether it is the first pass over its block. It stores nothing, except, with `published_sink_fill`,
         what only a first pass stores. When activations are recomputed in the backward pass the past must still be
-        there: the ring must hold the window and all frames that are made before that.
+        there: the ring must hold the window and all frames that are made before that, and no sink may have moved.
         """
         end, num_sink = start_frame + num_frames, self.config.sink_frames
         published = self.config.published_sink_fill and start_frame > 0
@@ -208,7 +212,7 @@ class KVCache:
             num_skipped=(first - start_frame) * self.frame_tokens,
             num_sink_tokens=num_filled * self.frame_tokens,
             visible=0,
-            sink_shift=self._sink_shift(end),
+            sink_shift=self.config.sink_shift(end),
             past=self._tokens(self._slots(seen)),
         )
 
@@ -232,7 +236,7 @@ class KVCache:
             num_skipped=0,
             num_sink_tokens=0,
             visible=0,
-            sink_shift=self._sink_shift(end),
+            sink_shift=self.config.sink_shift(end),
             past=self._tokens(self._slots(torch.cat([sink, newest]))),
         )
 
@@ -286,8 +290,3 @@ class KVCache:
         """Frames of the sink seen by a pass that ends before frame `end`; the published code sees empty slots too."""
         num_sink = self.config.sink_frames
         return num_sink if self.config.published_sink_fill else min(num_sink, end)
-
-    def _sink_shift(self, end: int) -> int:
-        """How far the sink's positions lie ahead of its frames' own."""
-        window = self.config.window_frames
-        return max(0, end - window) if self.config.relative and window != -1 else 0

@@ -5,6 +5,9 @@ none through the cache. So these steps do not depend on each other: once the rol
 they can be made again all together, each block seeing the past that the cache kept for it. That is one pass over the
 weights instead of one for each block, for one more forward pass over the clip.
 
+Where positions are relative to the window, each block has seen the sink at another distance. The keys of the sink lie
+in the cache as the last block saw them; they are turned back, in time alone, to where each block saw them.
+
 Shapes: F frames of S tokens, P tokens of the past.
 """
 
@@ -17,6 +20,7 @@ from longlive.flow import flow_to_x0
 from longlive.models.attention import AttentionFn, attend_to
 from longlive.models.dit import WanDiT
 from longlive.models.kv_cache import CacheConfig, CachePlan, KVCache
+from longlive.models.rope import apply_rope, rope_table
 from longlive.rollout import ExitStep
 
 
@@ -49,6 +53,7 @@ class ClipPass:
         noisy = torch.cat([step.xt for step in exits], dim=1)
         plan = cache.plan_clip_gradient(start_frame, noisy.shape[1], self.frames_per_block)
         assert plan.past is not None
+        assert plan.sink_shift == cache.sink_shift, "the rollout has not ended with the clip"
         flow = self._call(cache, start_frame, noisy.shape[1])(
             noisy, self._per_frame([step.timestep for step in exits], noisy), prompt_embeds, plan.frames, plan.past
         )
@@ -65,9 +70,11 @@ class ClipPass:
         window = cache.config.window_frames
         key = (start_frame if window == -1 else min(start_frame, window), num_frames)
         if key not in self._calls:
-            self._calls[key] = self._graphed(
-                _Pass(self.model, cache, clip_attention(*key, self.frames_per_block, cache.config, self.attention))
+            head_dim = self.model.config.head_dim
+            attention = clip_attention(
+                *key, self.frames_per_block, cache.config, self.attention, head_dim, cache.device
             )
+            self._calls[key] = self._graphed(_Pass(self.model, cache, attention))
         return self._calls[key]
 
 
@@ -82,30 +89,52 @@ class _Pass(nn.Module):
 
     def forward(self, noisy: Tensor, timesteps: Tensor, text: Tensor, frames: Tensor, past: Tensor) -> Tensor:
         """The flow of noisy [B, F, C, height, width] at timesteps [B, F] and positions [F]; past [P]: tokens seen."""
-        plan = CachePlan(frames, past[:0], num_skipped=0, num_sink_tokens=0, visible=0, sink_shift=0, past=past)
+        shift = self.cache.sink_shift
+        plan = CachePlan(frames, past[:0], num_skipped=0, num_sink_tokens=0, visible=0, sink_shift=shift, past=past)
         flow: Tensor = self.model(noisy, timesteps, text, cache=self.cache, plan=plan, attention=self.attention)
         return flow
 
 
 def clip_attention(
-    start_frame: int, num_frames: int, frames_per_block: int, cache: CacheConfig, attention: AttentionFn
+    start_frame: int,
+    num_frames: int,
+    frames_per_block: int,
+    cache: CacheConfig,
+    attention: AttentionFn,
+    head_dim: int,
+    device: torch.device,
 ) -> AttentionFn:
     """Attention of a clip's blocks, to keys of the past as `KVCache.plan_clip_gradient` orders them, then their own.
 
     A call for each block, on the keys it sees, and so without any mask.
     """
     num_sink, oldest = cache.clip_past(start_frame, num_frames, frames_per_block)
+    starts = range(start_frame, start_frame + num_frames, frames_per_block)
+    turns = _sink_turns([start + frames_per_block for start in starts], cache, head_dim, device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [B, H, F S, D], k and v [B, H, P + F S, D] -> [B, H, F S, D]."""
         size, num_past, outs = q.shape[2] // num_frames, k.shape[2] - q.shape[2], []
-        for start in range(start_frame, start_frame + num_frames, frames_per_block):
+        sink, others = k.split([num_sink * size, k.shape[2] - num_sink * size], dim=2)
+        for start, turn in zip(starts, turns, strict=True):
             end = start + frames_per_block
             num_seen, first = cache.past_seen(start, end)
             own = slice((start - start_frame) * size, (end - start_frame) * size)
             own_keys = slice(num_past + own.start, num_past + own.stop)
             newest = slice(*((num_sink + max(frame - oldest, 0)) * size for frame in (first, start)))
-            outs.append(attend_to(attention, q, k, v, own, (slice(0, num_seen * size), newest, own_keys)))
+            keys = k if turn is None else torch.cat([apply_rope(sink, turn), others], dim=2)
+            outs.append(attend_to(attention, q, keys, v, own, (slice(0, num_seen * size), newest, own_keys)))
         return torch.cat(outs, dim=2)
 
     return attend
+
+
+def _sink_turns(ends: Sequence[int], cache: CacheConfig, head_dim: int, device: torch.device) -> list[Tensor | None]:
+    """For the blocks that end before these frames, the RoPE [2, 1, D / 2] from where the last of them sees the sink to
+    where it does; None where that is the same."""
+    shifts = [cache.sink_shift(end) for end in ends]
+    away = [torch.tensor([shift - shifts[-1]], device=device) for shift in shifts]
+    return [
+        None if shift == shifts[-1] else rope_table(frames, 1, 1, head_dim)
+        for shift, frames in zip(shifts, away, strict=True)
+    ]
