@@ -273,9 +273,12 @@ class TrainConfig(Section):
             )
         if model.use_infinite_attention and self.stage not in DISTRIBUTION_MATCHING:
             raise InputError(f"model_kwargs.use_infinite_attention=true: not available with stage={self.stage}")
+        if model.use_infinite_attention and self.recache_policy == "published":
+            raise InputError("model_kwargs.use_infinite_attention=true: not available with recache_policy=published")
         if model.use_infinite_attention and self.activation_checkpointing != "none" and not self.one_gradient_pass:
             raise InputError(
-                "use_infinite_attention=true: needs one_gradient_pass=true or activation_checkpointing=none"
+                "model_kwargs.use_infinite_attention=true: needs one_gradient_pass=true or "
+                "activation_checkpointing=none"
             )
         if self.stage not in DISTRIBUTION_MATCHING and self.clips_path is None and self.world is None:
             raise InputError(f"clips_path is not given, and stage={self.stage} trains on clips")

@@ -198,6 +198,19 @@ def teacher_make(seed: int = 0) -> Make:
     return sampled_clips(models.generator, models.encode_prompts, PROMPTS + PROMPTS, sampling, CPU)
 
 
+def test_random_walks_follow_from_seed_and_number() -> None:
+    models = tiny_models()
+    path = Sampling((3, 4, 4, 4), seed=0, negative_prompt="", guidance=1.5, shift=5.0, num_steps=4)
+    walk = replace(path, stochastic=True)
+
+    def clips(sampling: Sampling, batch_size: int) -> Tensor:
+        make = sampled_clips(models.generator, models.encode_prompts, PROMPTS, sampling, CPU)
+        return torch.cat([make(numbers.tolist())[0] for numbers in torch.arange(4).split(batch_size)])
+
+    torch.testing.assert_close(clips(walk, 1), clips(walk, 4), atol=1e-5, rtol=1e-5)
+    assert ((clips(walk, 4) - clips(path, 4)).abs().amax(dim=(1, 2, 3, 4)) > 0.1).all()
+
+
 def write(folder: Path, make: Make, num_clips: int = 5, batch_size: int = 2) -> dict[str, bytes]:
     """The files of a folder that should have this many clips then."""
     write_clips(ClipWriter(folder), range(num_clips), PROMPTS + PROMPTS, make, batch_size)

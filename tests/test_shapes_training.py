@@ -74,6 +74,9 @@ def test_positions_within_the_window(runs: Path, tmp_path: Path) -> None:
     teacher, longer = f"real_ckpt={runs}/teacher/generator.safetensors", "streaming_chunk_size=9"
     assert train("train_long", tmp_path, *start, teacher, longer, RELATIVE) == 0
     assert "use_infinite_attention: true" in (tmp_path / "train_long" / "inference.yaml").read_text()
+    assert train("train_long", tmp_path / "absolute", *start, teacher, longer) == 0
+    rows, others = read_metrics(tmp_path / "train_long"), read_metrics(tmp_path / "absolute" / "train_long")
+    assert rows[0]["generator/loss"] != others[0]["generator/loss"]
 
 
 def test_causal_init_by_regression(runs: Path, tmp_path: Path) -> None:
@@ -96,6 +99,7 @@ def test_causal_init_by_regression(runs: Path, tmp_path: Path) -> None:
             (RELATIVE, "cuda_graphs=false", "activation_checkpointing=full", "one_gradient_pass=false"),
             "use_infinite_attention=true: needs one_gradient_pass=true or activation_checkpointing=none",
         ),
+        ("train_long", (RELATIVE, "recache_policy=published"), "not available with recache_policy=published"),
         ("vae", ("height=80",), "world=shapes: its pictures are of height=64, width=96, fps=16"),
         ("vae", ("clips_path=clips.jsonl",), "there can be only one of them"),
         ("vae", ("world=cubes",), "world=cubes: must be one of shapes"),

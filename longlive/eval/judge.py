@@ -221,12 +221,13 @@ def drift(first: Reading, later: Reading) -> Drift:
 
 
 def _alike(bodies: Sequence[BodyReading], others: Sequence[BodyReading]) -> list[tuple[BodyReading, BodyReading]]:
-    """Each body with one of as many others, with the most attributes in common; in their order where that is even."""
-    pairings = [list(zip(bodies, order, strict=True)) for order in itertools.permutations(others)]
-    return max(
-        pairings,
-        key=lambda pairs: sum(getattr(a, name) == getattr(b, name) for a, b in pairs for name in CAPTIONED[2:]),
-    )
+    """Each body with one of as many others: with the most attributes in common, and of these the nearest colours."""
+
+    def likeness(pairs: list[tuple[BodyReading, BodyReading]]) -> tuple[int, float]:
+        same = sum(getattr(a, name) == getattr(b, name) for a, b in pairs for name in CAPTIONED[2:])
+        return same, -sum(math.dist(a.rgb, b.rgb) for a, b in pairs)
+
+    return max((list(zip(bodies, order, strict=True)) for order in itertools.permutations(others)), key=likeness)
 
 
 def jump_px(video: Measures, frame: int, num_frames: int = 16) -> float:

@@ -60,7 +60,8 @@ class CacheConfig:
 
     def sink_shift(self, end: int) -> int:
         """How far the sink's positions lie ahead of its frames' own, in a pass that ends before frame `end`."""
-        return max(0, end - self.window_frames) if self.relative and self.window_frames != -1 else 0
+        moves = self.relative and self.sink_frames > 0 and self.window_frames != -1
+        return max(0, end - self.window_frames) if moves else 0
 
     def past_seen(self, start: int, end: int) -> tuple[int, int]:
         """Of the frames before `start`, what a pass over [start, end) sees: the first so many, and all from the second

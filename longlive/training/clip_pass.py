@@ -66,7 +66,8 @@ class ClipPass:
         return column.to(noisy.device, non_blocking=True).expand(noisy.shape[0], -1)
 
     def _call(self, cache: KVCache, start_frame: int, num_frames: int) -> Callable[..., Tensor]:
-        """What passes over a clip of this length: past the window, all starts see the same number of frames."""
+        """What passes over a clip of this length: past the window, all starts see the same number of frames, and the
+        sink from as far."""
         window = cache.config.window_frames
         key = (start_frame if window == -1 else min(start_frame, window), num_frames)
         if key not in self._calls:

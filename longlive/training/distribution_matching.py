@@ -258,7 +258,6 @@ class Streaming(DistributionMatching):
             "num_frames": self.sequence.num_frames,
             "num_recent": 0 if self.sequence.rollout.recent is None else self.sequence.rollout.recent.shape[1],
             "switch_frame": self.sequence.switch_frame,
-            "sink_shift": self.sequence.rollout.cache.sink_shift,
         }
         return {"samples": self._samples(self.sequence, self.previous), "values": values}
 
@@ -269,7 +268,6 @@ class Streaming(DistributionMatching):
         rollout, switch = self._new_rollout(batch_size), values["switch_frame"]
         latents = torch.zeros(batch_size, values["num_recent"], *self.config.latent_shape, device=self.negative.device)
         rollout.recent, rollout.num_frames = latents, values["num_frames"]
-        rollout.cache.sink_shift = values["sink_shift"]
         text = self.negative.expand(batch_size, -1, -1)
         prompts = [text.clone() for _ in range(1 if switch is None else 2)]
         self.sequence = StreamingSequence(rollout, prompts, switch, self.players.trained)

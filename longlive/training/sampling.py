@@ -9,7 +9,6 @@ did wrong (Song et al., arXiv 2011.13456; Karras et al., arXiv 2206.00364, secti
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ def sample_clips(
     fresh_noise: draws noise as `noise`, for the random walk; None = the deterministic path.
     """
     assert all(a > b for a, b in pairwise((*keep_sigmas, 0.0))), keep_sigmas
-    solver: _Solver = _Ode() if fresh_noise is None else _Sde(fresh_noise)
+    solver: _Ode | _Sde = _Ode() if fresh_noise is None else _Sde(fresh_noise)
     kept = []
     xt = noise
     for sigma, next_sigma in pairwise(noise_levels(shift, num_steps, keep_sigmas)):
@@ -60,12 +59,6 @@ def noise_levels(shift: float, num_steps: int, keep_sigmas: Sequence[float] = ()
     # Levels to keep come from float32 tables, so that those that are also steps may differ in the last digits.
     others = [sigma for sigma in warped if all(abs(sigma - keep) > 1e-6 for keep in keep_sigmas)]
     return sorted([*others, *keep_sigmas], reverse=True)
-
-
-class _Solver(Protocol):
-    def step(self, xt: Tensor, flow: Tensor, sigma: float, next_sigma: float) -> Tensor:
-        """The state at next_sigma < sigma; xt, flow: those at sigma."""
-        ...
 
 
 class _Ode:
@@ -88,10 +81,10 @@ class _Ode:
 
 
 class _Sde:
-    """DPM-Solver++(2M) for the diffusion SDE (arXiv 2211.01095, appendix D) in the terms of flow matching.
+    """SDE-DPM-Solver++(2M) (arXiv 2211.01095) in the terms of flow matching.
 
-    Of the noise at the next level the share r = e^{-h} is the old one, with h the step in log((1 - sigma) / sigma). One
-    model call a step, with x0 extrapolated to mid-step by the one before, as `_Ode` does with the flow.
+    With h the step in log((1 - sigma) / sigma), e^{-h} is the correlation of the noise at two levels; the rest of it is
+    new. One model call a step, with x0 extrapolated to mid-step by the one before, as `_Ode` does with the flow.
     """
 
     def __init__(self, fresh_noise: Callable[[], Tensor]) -> None:
@@ -102,12 +95,12 @@ class _Sde:
         x0 = xt - sigma * flow
         if next_sigma == 0.0:
             return x0
-        kept = next_sigma * (1 - sigma) / (sigma * (1 - next_sigma))
-        length, mean_x0 = -math.log(kept) if kept > 0 else math.inf, x0
+        correlation = next_sigma * (1 - sigma) / (sigma * (1 - next_sigma))
+        length, mean_x0 = -math.log(correlation) if correlation > 0 else math.inf, x0
         if self._previous is not None:
             previous_x0, previous_length = self._previous
-            mean_x0 = x0 + min(length / (2 * previous_length), 1.0) * (x0 - previous_x0)
+            mean_x0 = x0 + length / (2 * previous_length) * (x0 - previous_x0)
         self._previous = x0, length
-        new = 1 - kept**2
-        xt = kept * next_sigma / sigma * xt + (1 - next_sigma) * new * mean_x0
+        new = 1 - correlation**2
+        xt = correlation * next_sigma / sigma * xt + (1 - next_sigma) * new * mean_x0
         return xt + next_sigma * math.sqrt(new) * self._fresh_noise()
