@@ -56,8 +56,7 @@ class _Pass:
 class GraphedPasses:
     """A transformer's passes through a cache, without gradient; equal to its own.
 
-    Graphs are of one cache, those of the last are dropped. Passes with gradient and those that move the sink are the
-    model's own.
+    Graphs are of one cache, those of the last are dropped. Passes with gradient are the model's own.
     """
 
     def __init__(self, model: WanDiT) -> None:
@@ -70,17 +69,14 @@ class GraphedPasses:
         return self.model.project_text
 
     def __call__(self, latents: Tensor, timesteps: Tensor, text: TextKV, *, cache: KVCache, plan: CachePlan) -> Tensor:
-        if plan.sink_shift != cache.sink_shift or plan.past is not None:
+        if plan.past is not None:
             return self.model(latents, timesteps, text, cache=cache, plan=plan)
         flow = self._replay(self.model, latents, timesteps, text, cache, plan)
         assert flow is not None
         return flow.clone()
 
     def remember(self, latents: Tensor, timesteps: Tensor, text: TextKV, *, cache: KVCache, plan: CachePlan) -> None:
-        if plan.sink_shift != cache.sink_shift:
-            self.model.remember(latents, timesteps, text, cache=cache, plan=plan)
-        else:
-            self._replay(self.model.remember, latents, timesteps, text, cache, plan)
+        self._replay(self.model.remember, latents, timesteps, text, cache, plan)
 
     def _replay(
         self,
@@ -93,6 +89,7 @@ class GraphedPasses:
     ) -> Tensor | None:
         if cache is not self._cache:
             self._cache, self._passes = cache, {}
+        self.model.move_sink(cache, plan, *latents.shape[3:])
         visible = [plan.visible] if isinstance(plan.visible, Tensor) else []
         inputs = [latents, timesteps, plan.frames, plan.slots, *visible, *(value for pair in text for value in pair)]
         key = (

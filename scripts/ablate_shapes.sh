@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 runs="$(realpath -m "${1:?usage: bash scripts/ablate_shapes.sh FOLDER [NAME ...]}")"
-all=(base stage_1 no_sink window_6 window_9 window_21 no_switch lora relative sink_unused)
+all=(base stage_1 no_sink sink_6 window_6 window_9 window_21 no_switch lora_8 lora_64 absolute relative_later sink_unused)
 names=("${@:2}")
 ((${#names[@]})) || names=("${all[@]}")
 for name in "${names[@]}"; do
@@ -51,12 +51,18 @@ for name in "${names[@]}"; do
     case "$name" in
         base) both base ;;
         no_sink) both no_sink model_kwargs.sink_size=0 ;;
+        sink_6) both sink_6 model_kwargs.sink_size=6 model_kwargs.local_attn_size=15 ;; # and the same past as ever
         window_*) both "$name" model_kwargs.local_attn_size="${name#window_}" ;;
         no_switch) train_init base && train_long no_switch base switch_mode=none ;;
-        lora) train_init base && train_long lora base adapter.type=lora adapter.rank=32 adapter.alpha=32 lr=4.0e-4 ;;
+        lora_*) # of the rank in the name
+            train_init base
+            train_long "$name" base adapter.type=lora adapter.rank="${name#lora_}" adapter.alpha="${name#lora_}" lr=4.0e-4
+            ;;
         stage_1) train_init base && folder="$out/base/train_init" ;; # before streaming
-        relative) # positions within the window, not within the video
-            both base && folder="$out/base/train_long" settings=(model_kwargs.use_infinite_attention=true)
+        absolute) both absolute model_kwargs.use_infinite_attention=false ;; # positions within the video, not the window
+        relative_later) # positions within the window, where training had those within the video
+            both absolute model_kwargs.use_infinite_attention=false
+            folder="$out/absolute/train_long" settings=(model_kwargs.use_infinite_attention=true)
             ;;
         sink_unused) # trained with a sink
             both base && folder="$out/base/train_long" settings=(model_kwargs.sink_size=0)

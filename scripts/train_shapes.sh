@@ -39,5 +39,4 @@ else
 fi
 train train_init "$vae" init_logdir="$runs/causal_init" real_ckpt="$teacher" critic_ckpt="$teacher"
 train train_long "$vae" init_logdir="$runs/train_init" real_ckpt="$teacher"
-echo "train_shapes: bash inference.sh --config_path $runs/train_long/inference.yaml model_kwargs.use_infinite_attention=true" \
-    "shows what was learnt" >&2
+echo "train_shapes: bash inference.sh --config_path $runs/train_long/inference.yaml shows what was learnt" >&2

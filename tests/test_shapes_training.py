@@ -69,12 +69,13 @@ RELATIVE = "model_kwargs.use_infinite_attention=true"
 
 
 def test_positions_within_the_window(runs: Path, tmp_path: Path) -> None:
-    """Three blocks of a sequence: the window is full, and the sink moves."""
+    """Three blocks of a sequence, the window full, the sink on its way: not the same as positions within the video."""
     start = (f"vae_ckpt={runs}/vae/vae.safetensors", f"init_logdir={runs}/train_init")
     teacher, longer = f"real_ckpt={runs}/teacher/generator.safetensors", "streaming_chunk_size=9"
     assert train("train_long", tmp_path, *start, teacher, longer, RELATIVE) == 0
     assert "use_infinite_attention: true" in (tmp_path / "train_long" / "inference.yaml").read_text()
-    assert train("train_long", tmp_path / "absolute", *start, teacher, longer) == 0
+    absolute = RELATIVE.replace("true", "false")
+    assert train("train_long", tmp_path / "absolute", *start, teacher, longer, absolute) == 0
     rows, others = read_metrics(tmp_path / "train_long"), read_metrics(tmp_path / "absolute" / "train_long")
     assert rows[0]["generator/loss"] != others[0]["generator/loss"]
 

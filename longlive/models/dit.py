@@ -329,6 +329,12 @@ class WanDiT(nn.Module):
             capacity_frames=capacity_frames,
         )
 
+    def move_sink(self, cache: KVCache, plan: CachePlan, latent_height: int, latent_width: int) -> None:
+        """Turn the cache's sink to where a pass sees it, unless it is there already. Every pass begins so."""
+        if plan.sink_shift != cache.sink_shift:
+            sink = torch.arange(cache.config.sink_frames, device=cache.device) + plan.sink_shift
+            cache.move_sink(self._rope_table(sink, latent_height, latent_width), plan)
+
     def _embed(
         self,
         latents: Tensor,
@@ -351,12 +357,13 @@ class WanDiT(nn.Module):
         time = self.time_projection(embedded).unflatten(-1, (6, -1))
         if frames is None:
             frames = torch.arange(num_frames, device=x.device) if plan is None else plan.frames
+        if cache is not None and plan is not None:
+            self.move_sink(cache, plan, height, width)
+        return x, time, embedded, Context(self._rope_table(frames, height, width), plan, attention, self.remat)
+
+    def _rope_table(self, frames: Tensor, latent_height: int, latent_width: int) -> Tensor:
         _, p, q = self.config.patch_size
-        size = (height // p, width // q, self.config.head_dim)
-        if cache is not None and plan is not None and plan.sink_shift != cache.sink_shift:
-            sink = torch.arange(cache.config.sink_frames, device=x.device) + plan.sink_shift
-            cache.move_sink(rope_table(sink, *size), plan)
-        return x, time, embedded, Context(rope_table(frames, *size), plan, attention, self.remat)
+        return rope_table(frames, latent_height // p, latent_width // q, self.config.head_dim)
 
     def _text_layers(self, text: Tensor | TextKV) -> Sequence[LayerText]:
         """The prompt as each layer takes it; embeddings are projected inside the blocks, with gradient."""
