@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from longlive.graphs import GraphedModule
+from longlive.graphs import GraphedModule, GraphedPasses
 from longlive.models.attention import sdpa
 from longlive.models.dit import WanDiT
 from longlive.models.kv_cache import CacheConfig
-from longlive.rollout import Rollout, Sampler, SamplerConfig, SwitchPolicy
+from longlive.rollout import Passes, Rollout, Sampler, SamplerConfig, SwitchPolicy
 from longlive.training.clip_pass import ClipPass
 from longlive.training.streaming import ChunkNoise, StreamingSequence
 from tests.tiny import TINY_DIT, tiny_dit
@@ -28,8 +28,9 @@ def train_chunks(
     device: str = "cpu",
     num_blocks: int = 3,
     num_chunks: int = 4,
+    passes: Passes | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Frames and gradients of the chunks of a sequence."""
+    """Frames and gradients of the chunks of a sequence. passes: of the rollout, by default the model's own."""
     length = num_blocks * block
     capacity = max(config.window_frames - block + length, config.sink_frames + 1)
     cache = model.new_cache(config, BATCH, *LATENT[1:], capacity)
@@ -39,7 +40,7 @@ def train_chunks(
         normal(BATCH, TINY_DIT.text_len, TINY_DIT.text_dim).to(device) for _ in range(1 if switch is None else 2)
     ]
     sampler = Sampler(SamplerConfig(steps=(1000, 500), frames_per_block=block))
-    sequence = StreamingSequence(Rollout(model, sampler, cache, policy), prompts, switch, trained)
+    sequence = StreamingSequence(Rollout(passes or model, sampler, cache, policy), prompts, switch, trained)
     made, gradients = [], []
     for number in range(num_chunks):
         shape = (BATCH, length, *LATENT)
@@ -97,5 +98,5 @@ def test_replayed_as_graphs(switch: int | None, relative: bool) -> None:
     config = CacheConfig(6, 3, relative)
     run = partial(train_chunks, model=model, config=config, block=3, switch=switch, policy="keep", device="cuda")
     with torch.backends.cudnn.flags(allow_tf32=False):
-        replayed = run(ClipPass(model, 3, sdpa, GraphedModule))
+        replayed = run(ClipPass(model, 3, sdpa, GraphedModule), passes=GraphedPasses(model))
         torch.testing.assert_close(replayed, run(model), rtol=1e-3, atol=1e-4)
