@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longlive.errors import InputError
+from longlive.models.rope import apply_rope
 
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -53,11 +54,22 @@ def flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attend_to(
-    attention: AttentionFn, q: Tensor, k: Tensor, v: Tensor, queries: slice, parts: Sequence[slice]
+    attention: AttentionFn,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: slice,
+    parts: Sequence[slice],
+    turn: Tensor | None = None,
 ) -> Tensor:
-    """Attention of some of the queries to those parts of all keys that they see, put together: no mask is needed."""
-    keys, values = (torch.cat([x[:, :, part] for part in parts], dim=2) for x in (k, v))
-    return attention(q[:, :, queries], keys, values)
+    """Attention of some of the queries to those parts of all keys that they see, put together: no mask is needed.
+
+    turn: RoPE by which the keys of the first part are turned.
+    """
+    keys, values = ([x[:, :, part] for part in parts] for x in (k, v))
+    if turn is not None:
+        keys[0] = apply_rope(keys[0], turn)
+    return attention(q[:, :, queries], torch.cat(keys, dim=2), torch.cat(values, dim=2))
 
 
 BACKENDS: dict[str, AttentionFn] = {"sdpa": sdpa, "cudnn": cudnn, "flash2": flash2, "flash3": flash3}

@@ -20,7 +20,7 @@ from longlive.flow import flow_to_x0
 from longlive.models.attention import AttentionFn, attend_to
 from longlive.models.dit import WanDiT
 from longlive.models.kv_cache import CacheConfig, CachePlan, KVCache
-from longlive.models.rope import apply_rope, rope_table
+from longlive.models.rope import rope_table
 from longlive.rollout import ExitStep
 
 
@@ -116,15 +116,13 @@ def clip_attention(
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [B, H, F S, D], k and v [B, H, P + F S, D] -> [B, H, F S, D]."""
         size, num_past, outs = q.shape[2] // num_frames, k.shape[2] - q.shape[2], []
-        sink, others = k.split([num_sink * size, k.shape[2] - num_sink * size], dim=2)
         for start, turn in zip(starts, turns, strict=True):
             end = start + frames_per_block
             num_seen, first = cache.past_seen(start, end)
             own = slice((start - start_frame) * size, (end - start_frame) * size)
             own_keys = slice(num_past + own.start, num_past + own.stop)
             newest = slice(*((num_sink + max(frame - oldest, 0)) * size for frame in (first, start)))
-            keys = k if turn is None else torch.cat([apply_rope(sink, turn), others], dim=2)
-            outs.append(attend_to(attention, q, keys, v, own, (slice(0, num_seen * size), newest, own_keys)))
+            outs.append(attend_to(attention, q, k, v, own, (slice(0, num_seen * size), newest, own_keys), turn))
         return torch.cat(outs, dim=2)
 
     return attend
@@ -133,9 +131,5 @@ def clip_attention(
 def _sink_turns(ends: Sequence[int], cache: CacheConfig, head_dim: int, device: torch.device) -> list[Tensor | None]:
     """For the blocks that end before these frames, the RoPE [2, 1, D / 2] from where the last of them sees the sink to
     where it does; None where that is the same."""
-    shifts = [cache.sink_shift(end) for end in ends]
-    away = [torch.tensor([shift - shifts[-1]], device=device) for shift in shifts]
-    return [
-        None if shift == shifts[-1] else rope_table(frames, 1, 1, head_dim)
-        for shift, frames in zip(shifts, away, strict=True)
-    ]
+    away = [cache.sink_shift(end) - cache.sink_shift(ends[-1]) for end in ends]
+    return [rope_table(torch.tensor([frames], device=device), 1, 1, head_dim) if frames else None for frames in away]

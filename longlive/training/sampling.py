@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from longlive.flow import NUM_TRAIN_TIMESTEPS, shift_sigma
+from longlive.flow import NUM_TRAIN_TIMESTEPS, flow_to_x0, shift_sigma
 from longlive.training.dmd import Score
 
 
@@ -61,46 +61,56 @@ def noise_levels(shift: float, num_steps: int, keep_sigmas: Sequence[float] = ()
     return sorted([*others, *keep_sigmas], reverse=True)
 
 
-class _Ode:
-    """Adams-Bashforth of second order for steps of any length: Euler, with the flow extrapolated to mid-step.
+class _MidStep:
+    """Extrapolates what a step begins with to its middle, by what the step before began with: of second order.
 
-    One model call a step, as Euler, for an error several times smaller at 50 steps. A step much longer than the one
-    before would magnify the difference of two flows, rounding included: beyond twice, it extrapolates no further.
+    A step much longer than the one before would magnify the difference of two values, rounding included: beyond twice,
+    it extrapolates no further.
     """
 
     def __init__(self) -> None:
         self._previous: tuple[Tensor, float] | None = None
 
-    def step(self, xt: Tensor, flow: Tensor, sigma: float, next_sigma: float) -> Tensor:
-        length, mean_flow = next_sigma - sigma, flow
+    def __call__(self, value: Tensor, length: float) -> Tensor:
+        mean = value
         if self._previous is not None:
-            previous_flow, previous_length = self._previous
-            mean_flow = flow + min(length / (2 * previous_length), 1.0) * (flow - previous_flow)
-        self._previous = flow, length
-        return xt + length * mean_flow
+            previous, previous_length = self._previous
+            mean = value + min(length / (2 * previous_length), 1.0) * (value - previous)
+        self._previous = value, length
+        return mean
+
+
+class _Ode:
+    """Adams-Bashforth of second order for steps of any length: Euler, with the flow extrapolated to mid-step.
+
+    One model call a step, as Euler, for an error several times smaller at 50 steps.
+    """
+
+    def __init__(self) -> None:
+        self._mid_step = _MidStep()
+
+    def step(self, xt: Tensor, flow: Tensor, sigma: float, next_sigma: float) -> Tensor:
+        length = next_sigma - sigma
+        return xt + length * self._mid_step(flow, length)
 
 
 class _Sde:
     """SDE-DPM-Solver++(2M) (arXiv 2211.01095) in the terms of flow matching.
 
     With h the step in log((1 - sigma) / sigma), e^{-h} is the correlation of the noise at two levels; the rest of it is
-    new. One model call a step, with x0 extrapolated to mid-step by the one before, as `_Ode` does with the flow.
+    new. One model call a step, with x0 extrapolated to mid-step.
     """
 
     def __init__(self, fresh_noise: Callable[[], Tensor]) -> None:
         self._fresh_noise = fresh_noise
-        self._previous: tuple[Tensor, float] | None = None
+        self._mid_step = _MidStep()
 
     def step(self, xt: Tensor, flow: Tensor, sigma: float, next_sigma: float) -> Tensor:
-        x0 = xt - sigma * flow
+        x0 = flow_to_x0(flow, xt, sigma)
         if next_sigma == 0.0:
             return x0
         correlation = next_sigma * (1 - sigma) / (sigma * (1 - next_sigma))
-        length, mean_x0 = -math.log(correlation) if correlation > 0 else math.inf, x0
-        if self._previous is not None:
-            previous_x0, previous_length = self._previous
-            mean_x0 = x0 + length / (2 * previous_length) * (x0 - previous_x0)
-        self._previous = x0, length
+        length = -math.log(correlation) if correlation > 0 else math.inf
         new = 1 - correlation**2
-        xt = correlation * next_sigma / sigma * xt + (1 - next_sigma) * new * mean_x0
+        xt = correlation * next_sigma / sigma * xt + (1 - next_sigma) * new * self._mid_step(x0, length)
         return xt + next_sigma * math.sqrt(new) * self._fresh_noise()
