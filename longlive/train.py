@@ -27,13 +27,13 @@ from longlive.errors import InputError
 from longlive.inference.video import check_writable
 from longlive.models.vae import VAEConfig, WanVAE
 from longlive.train_build import (
-    WORLD_BATCH_SIZE,
     compile_norms,
     ema_config,
     graphed,
     make_trainer,
     optimizer_config,
     trainer_config,
+    world_batches,
 )
 from longlive.train_config import CAUSAL, TrainConfig, load_train_config
 from longlive.train_inputs import Inputs, read_base, read_inputs
@@ -224,12 +224,8 @@ def pixel_clips(config: TrainConfig, device: torch.device) -> PixelSource:
     if config.world is None:
         assert config.clips_path is not None
         return PixelClips(config.clips_path, config.height, config.width, num_video_frames, config.fps)
-    clips, numbers = (
-        ShapesClips(config.num_scenes, config.seed, num_video_frames, device=device),
-        range(config.num_scenes),
-    )
-    starts = numbers[::WORLD_BATCH_SIZE]
-    return PixelPool(torch.cat([clips.frames(numbers[start : start + WORLD_BATCH_SIZE]) for start in starts]))
+    clips = ShapesClips(config.num_scenes, config.seed, num_video_frames, device=device)
+    return PixelPool(torch.cat([clips.frames(numbers) for numbers in world_batches(len(clips), num_video_frames)]))
 
 
 def num_statistics_clips(config: TrainConfig) -> int:

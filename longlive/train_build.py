@@ -57,8 +57,8 @@ from longlive.training.teacher_forcing import TeacherForced
 from longlive.training.trainer import EMAConfig, Network, OptimizerConfig, Trainer, TrainerConfig
 from longlive.weights.lora import Lora
 
-WORLD_BATCH_SIZE = 256
-"""Scenes drawn or encoded at a time: of fewer, the time goes into launching kernels."""
+WORLD_BATCH_FRAMES = 256 * 81
+"""Video frames of scenes drawn or encoded at a time: with fewer, the time goes into launching kernels."""
 
 
 def make_trainer(
@@ -240,14 +240,20 @@ def make_flow_matching(
 @torch.no_grad()
 def encode_world(config: TrainConfig, inputs: Inputs, device: torch.device) -> LatentPool:
     """The latents of all scenes of a world, drawn and encoded on the device, where they stay."""
-    vae, numbers, batch_size = inputs.vae, range(config.num_scenes), WORLD_BATCH_SIZE
+    vae = inputs.vae
     num_video_frames = 1 + vae.config.temporal_factor * (config.clip_frames - 1)
     scenes = ShapesClips(config.num_scenes, config.seed, num_video_frames, device=device)
     latents = [
-        vae.normalized(vae.encode_distribution(scenes.pixels(numbers[start : start + batch_size]))[0])
-        for start in tqdm(numbers[::batch_size], desc="encoding scenes", disable=not is_main())
+        vae.normalized(vae.encode_distribution(scenes.pixels(numbers))[0])
+        for numbers in tqdm(world_batches(len(scenes), num_video_frames), "encoding scenes", disable=not is_main())
     ]
     return LatentPool([prompt for (prompt,) in inputs.prompts], torch.cat(latents).float())
+
+
+def world_batches(num_scenes: int, num_video_frames: int) -> list[range]:
+    """The numbers of scenes, parted into what is drawn or encoded at a time."""
+    size = max(1, WORLD_BATCH_FRAMES // num_video_frames)
+    return [range(start, min(start + size, num_scenes)) for start in range(0, num_scenes, size)]
 
 
 def cache_config(config: TrainConfig) -> CacheConfig:

@@ -271,11 +271,12 @@ class TrainConfig(Section):
                 f"model_kwargs.local_attn_size={model.local_attn_size}: must be -1 or hold the sink and one block, at "
                 f"least sink_size + num_frame_per_block = {model.sink_size} + {block}"
             )
-        if model.use_infinite_attention and self.stage not in DISTRIBUTION_MATCHING:
+        if model.use_infinite_attention and self.stage not in CAUSAL:
             raise InputError(f"model_kwargs.use_infinite_attention=true: not available with stage={self.stage}")
         if model.use_infinite_attention and self.recache_policy == "published":
             raise InputError("model_kwargs.use_infinite_attention=true: not available with recache_policy=published")
-        if model.use_infinite_attention and self.activation_checkpointing != "none" and not self.one_gradient_pass:
+        is_rolled_with_gradient = self.stage in DISTRIBUTION_MATCHING and not self.one_gradient_pass
+        if model.use_infinite_attention and is_rolled_with_gradient and self.activation_checkpointing != "none":
             raise InputError(
                 "model_kwargs.use_infinite_attention=true: needs one_gradient_pass=true or "
                 "activation_checkpointing=none"

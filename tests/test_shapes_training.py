@@ -94,7 +94,7 @@ def test_causal_init_by_regression(runs: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stage", "settings", "message"),
     [
-        ("causal_init", (RELATIVE,), "use_infinite_attention=true: not available with stage=causal_init"),
+        ("teacher", (RELATIVE,), "use_infinite_attention=true: not available with stage=pretrain"),
         (
             "train_init",
             (RELATIVE, "cuda_graphs=false", "activation_checkpointing=full", "one_gradient_pass=false"),

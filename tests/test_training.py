@@ -180,9 +180,12 @@ def test_the_critic_learns_the_samples(tmp_path: Path, stage: str, has_lora: boo
     ("window", "sink", "block"),
     [(12, 3, 3), (4, 1, 1), (4, 1, 2), (5, 3, 1), (7, 4, 2), (3, 0, 3), (8, 3, 2), (-1, 2, 2)],
 )
+@pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("context_timestep", [0.0, 100.0])
-def test_teacher_forcing_sees_what_the_cache_shows(window: int, sink: int, block: int, context_timestep: float) -> None:
-    model, config, num_frames = tiny_dit(), CacheConfig(window, sink), 12
+def test_teacher_forcing_sees_what_the_cache_shows(
+    window: int, sink: int, block: int, context_timestep: float, relative: bool
+) -> None:
+    model, config, num_frames = tiny_dit(), CacheConfig(window, sink, relative), 24
     clean, noisy = torch.randn(2, 2, num_frames, *LATENT)
     text = embed(["one", "two"])
     timesteps = (torch.rand(2, num_frames // block) * 1000).repeat_interleave(block, dim=1)

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from longlive.flow import flow_to_x0
 from longlive.models.attention import AttentionFn, attend_to
 from longlive.models.dit import WanDiT
-from longlive.models.kv_cache import CacheConfig, CachePlan, KVCache
-from longlive.models.rope import rope_table
+from longlive.models.kv_cache import CacheConfig, CachePlan, KVCache, sink_turns
 from longlive.rollout import ExitStep
 
 
@@ -111,7 +110,8 @@ def clip_attention(
     """
     num_sink, oldest = cache.clip_past(start_frame, num_frames, frames_per_block)
     starts = range(start_frame, start_frame + num_frames, frames_per_block)
-    turns = _sink_turns([start + frames_per_block for start in starts], cache, head_dim, device)
+    ends = [start + frames_per_block for start in starts]
+    turns = sink_turns(ends, cache.sink_shift(ends[-1]), cache, head_dim, device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [B, H, F S, D], k and v [B, H, P + F S, D] -> [B, H, F S, D]."""
@@ -126,10 +126,3 @@ def clip_attention(
         return torch.cat(outs, dim=2)
 
     return attend
-
-
-def _sink_turns(ends: Sequence[int], cache: CacheConfig, head_dim: int, device: torch.device) -> list[Tensor | None]:
-    """For the blocks that end before these frames, the RoPE [2, 1, D / 2] from where the last of them sees the sink to
-    where it does; None where that is the same."""
-    away = [cache.sink_shift(end) - cache.sink_shift(ends[-1]) for end in ends]
-    return [rope_table(torch.tensor([frames], device=device), 1, 1, head_dim) if frames else None for frames in away]

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from longlive.models.attention import AttentionFn, attend_to
 from longlive.models.dit import WanDiT
-from longlive.models.kv_cache import CacheConfig
+from longlive.models.kv_cache import CacheConfig, sink_turns
 
 
 class TeacherForced(nn.Module):
-    """A model whose pass over clean and noisy frames is one `forward`. Positions are absolute."""
+    """A model whose pass over clean and noisy frames is one `forward`."""
 
     def __init__(
         self,
@@ -45,24 +45,40 @@ class TeacherForced(nn.Module):
             torch.cat([torch.full_like(timesteps, self.context_timestep), timesteps], dim=1),
             text,
             frames=torch.cat([frames, frames]),
-            attention=teacher_forcing(num_frames, self.frames_per_block, self.cache, self.attention),
+            attention=teacher_forcing(
+                num_frames,
+                self.frames_per_block,
+                self.cache,
+                self.attention,
+                self.model.config.head_dim,
+                noisy.device,
+            ),
         )
         return flow[:, num_frames:]
 
 
-def teacher_forcing(num_frames: int, frames_per_block: int, cache: CacheConfig, attention: AttentionFn) -> AttentionFn:
+def teacher_forcing(
+    num_frames: int,
+    frames_per_block: int,
+    cache: CacheConfig,
+    attention: AttentionFn,
+    head_dim: int,
+    device: torch.device,
+) -> AttentionFn:
     """Attention over clean and noisy frames: a call for each block, on the keys it sees, and so without any mask."""
+    starts = range(0, num_frames, frames_per_block)
+    turns = sink_turns([start + frames_per_block for start in starts], 0, cache, head_dim, device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v [B, H, T, D] -> [B, H, T, D]."""
         size, outs = q.shape[2] // (2 * num_frames), []
         for half in (0, num_frames):  # clean, noisy
-            for start in range(0, num_frames, frames_per_block):
+            for start, turn in zip(starts, turns, strict=True):
                 end = start + frames_per_block
                 num_sink, oldest = cache.past_seen(start, end)
                 own = slice((half + start) * size, (half + end) * size)
                 past = (slice(0, num_sink * size), slice(oldest * size, start * size))
-                outs.append(attend_to(attention, q, k, v, own, (*past, own)))
+                outs.append(attend_to(attention, q, k, v, own, (*past, own), turn))
         return torch.cat(outs, dim=2)
 
     return attend
