@@ -5,7 +5,9 @@ softmax(q k^T / sqrt(d)) v, no mask. The choice is made once, when a model is bu
 flash-attn, which is optional.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 
 import torch
@@ -53,23 +55,41 @@ def flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
-def attend_to(
-    attention: AttentionFn,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    queries: slice,
-    parts: Sequence[slice],
-    turn: Tensor | None = None,
-) -> Tensor:
-    """Attention of some of the queries to those parts of all keys that they see, put together: no mask is needed.
+@dataclass(frozen=True)
+class View:
+    """What some frames of a pass see. queries: their numbers among all queries; keys: ranges of all keys, in frames;
+    turn: RoPE [2, 1, D / 2] by which the keys of the first range are turned."""
 
-    turn: RoPE by which the keys of the first part are turned.
+    queries: range
+    keys: tuple[range, ...]
+    turn: Tensor | None = None
+
+
+def attend_views(
+    attention: AttentionFn, q: Tensor, k: Tensor, v: Tensor, views: Sequence[View], frame_tokens: int
+) -> Tensor:
+    """Attention of frames, view by view, to the keys that each sees, put together: no mask is needed.
+
+    q [B, H, F S, D], k and v [B, H, keys, D] of frames of S tokens -> [B, H, F S, D] in the order of the views. All is
+    split once, in the largest pieces that fit every view: the backward pass puts pieces together, where slices would
+    each be added to zeros of full size.
     """
-    keys, values = ([x[:, :, part] for part in parts] for x in (k, v))
-    if turn is not None:
-        keys[0] = apply_rope(keys[0], turn)
-    return attention(q[:, :, queries], torch.cat(keys, dim=2), torch.cat(values, dim=2))
+    bounds = [bound for view in views for part in (view.queries, *view.keys) for bound in (part.start, part.stop)]
+    size = math.gcd(*bounds)
+    queries, keys, values = (x.split(size * frame_tokens, dim=2) for x in (q, k, v))
+
+    def pieces(of: Sequence[Tensor], parts: Sequence[range]) -> list[Tensor]:
+        return [piece for part in parts for piece in of[part.start // size : part.stop // size]]
+
+    outs = []
+    for view in views:
+        seen = pieces(keys, view.keys[:1])
+        if seen and view.turn is not None:
+            seen = [apply_rope(torch.cat(seen, dim=2), view.turn)]
+        seen_keys = torch.cat([*seen, *pieces(keys, view.keys[1:])], dim=2)
+        seen_values = torch.cat(pieces(values, view.keys), dim=2)
+        outs.append(attention(torch.cat(pieces(queries, [view.queries]), dim=2), seen_keys, seen_values))
+    return torch.cat(outs, dim=2)
 
 
 BACKENDS: dict[str, AttentionFn] = {"sdpa": sdpa, "cudnn": cudnn, "flash2": flash2, "flash3": flash3}

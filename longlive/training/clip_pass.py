@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from longlive.flow import flow_to_x0
-from longlive.models.attention import AttentionFn, attend_to
+from longlive.models.attention import AttentionFn, View, attend_views
 from longlive.models.dit import WanDiT
 from longlive.models.kv_cache import CacheConfig, CachePlan, KVCache, sink_turns
 from longlive.rollout import ExitStep
@@ -109,20 +109,21 @@ def clip_attention(
     A call for each block, on the keys it sees, and so without any mask.
     """
     num_sink, oldest = cache.clip_past(start_frame, num_frames, frames_per_block)
+    last_start = start_frame + num_frames - frames_per_block
+    num_past = num_sink + max(last_start - oldest, 0)
     starts = range(start_frame, start_frame + num_frames, frames_per_block)
     ends = [start + frames_per_block for start in starts]
     turns = sink_turns(ends, cache.sink_shift(ends[-1]), cache, head_dim, device)
+    views = []
+    for start, end, turn in zip(starts, ends, turns, strict=True):
+        num_seen, first = cache.past_seen(start, end)
+        queries = range(start - start_frame, end - start_frame)
+        own = range(num_past + queries.start, num_past + queries.stop)
+        newest = range(*(num_sink + max(frame - oldest, 0) for frame in (first, start)))
+        views.append(View(queries, (range(num_seen), newest, own), turn))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [B, H, F S, D], k and v [B, H, P + F S, D] -> [B, H, F S, D]."""
-        size, num_past, outs = q.shape[2] // num_frames, k.shape[2] - q.shape[2], []
-        for start, turn in zip(starts, turns, strict=True):
-            end = start + frames_per_block
-            num_seen, first = cache.past_seen(start, end)
-            own = slice((start - start_frame) * size, (end - start_frame) * size)
-            own_keys = slice(num_past + own.start, num_past + own.stop)
-            newest = slice(*((num_sink + max(frame - oldest, 0)) * size for frame in (first, start)))
-            outs.append(attend_to(attention, q, k, v, own, (slice(0, num_seen * size), newest, own_keys), turn))
-        return torch.cat(outs, dim=2)
+        return attend_views(attention, q, k, v, views, q.shape[2] // num_frames)
 
     return attend

@@ -11,7 +11,7 @@ Shapes: F frames of S tokens, clean then noisy: T = 2 F S tokens.
 import torch
 from torch import Tensor, nn
 
-from longlive.models.attention import AttentionFn, attend_to
+from longlive.models.attention import AttentionFn, View, attend_views
 from longlive.models.dit import WanDiT
 from longlive.models.kv_cache import CacheConfig, sink_turns
 
@@ -68,17 +68,16 @@ def teacher_forcing(
     """Attention over clean and noisy frames: a call for each block, on the keys it sees, and so without any mask."""
     starts = range(0, num_frames, frames_per_block)
     turns = sink_turns([start + frames_per_block for start in starts], 0, cache, head_dim, device)
+    views = []
+    for half in (0, num_frames):  # clean, noisy
+        for start, turn in zip(starts, turns, strict=True):
+            end = start + frames_per_block
+            num_sink, oldest = cache.past_seen(start, end)
+            own = range(half + start, half + end)
+            views.append(View(own, (range(num_sink), range(oldest, start), own), turn))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v [B, H, T, D] -> [B, H, T, D]."""
-        size, outs = q.shape[2] // (2 * num_frames), []
-        for half in (0, num_frames):  # clean, noisy
-            for start, turn in zip(starts, turns, strict=True):
-                end = start + frames_per_block
-                num_sink, oldest = cache.past_seen(start, end)
-                own = slice((half + start) * size, (half + end) * size)
-                past = (slice(0, num_sink * size), slice(oldest * size, start * size))
-                outs.append(attend_to(attention, q, k, v, own, (*past, own), turn))
-        return torch.cat(outs, dim=2)
+        return attend_views(attention, q, k, v, views, q.shape[2] // (2 * num_frames))
 
     return attend
