@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from longlive.build import (
@@ -57,6 +57,8 @@ from longlive.training.teacher_forcing import TeacherForced
 from longlive.training.trainer import EMAConfig, Network, OptimizerConfig, Trainer, TrainerConfig
 from longlive.weights.lora import Lora
 
+_UNHEALED = 0.75
+"""Of what is off in a worn past, how much is still off in the block after it."""
 WORLD_BATCH_FRAMES = 256 * 81
 """Video frames of scenes drawn or encoded at a time: with fewer, the time goes into launching kernels."""
 
@@ -239,15 +241,28 @@ def make_flow_matching(
 
 @torch.no_grad()
 def encode_world(config: TrainConfig, inputs: Inputs, device: torch.device) -> LatentPool:
-    """The latents of all scenes of a world, drawn and encoded on the device, where they stay."""
-    vae = inputs.vae
-    num_video_frames = 1 + vae.config.temporal_factor * (config.clip_frames - 1)
+    """The latents of all scenes of a world, drawn and encoded on the device, where they stay.
+
+    With a worn past, what no caption names is off from the second block on in what the clean pass shows, and from the
+    third on less in what is to be learnt: so blocks learn to follow the sink where it and the window do not agree.
+    """
+    vae, block, factor = inputs.vae, config.num_frame_per_block, inputs.vae.config.temporal_factor
+    num_video_frames = 1 + factor * (config.clip_frames - 1)
     scenes = ShapesClips(config.num_scenes, config.seed, num_video_frames, device=device)
-    latents = [
-        vae.normalized(vae.encode_distribution(scenes.pixels(numbers))[0])
-        for numbers in tqdm(world_batches(len(scenes), num_video_frames), "encoding scenes", disable=not is_main())
-    ]
-    return LatentPool([prompt for (prompt,) in inputs.prompts], torch.cat(latents).float())
+    batches = world_batches(len(scenes), num_video_frames)
+
+    def encode(pixels: Callable[[range], Tensor]) -> Tensor:
+        bar = tqdm(batches, "encoding scenes", disable=not is_main())
+        return torch.cat([vae.normalized(vae.encode_distribution(pixels(numbers))[0]) for numbers in bar]).float()
+
+    def encode_worn(share: float, num_before: int) -> Tensor:
+        start = 1 + factor * (num_before - 1)
+        return encode(partial(scenes.worn_pixels, share=share, start=start))
+
+    prompts = [prompt for (prompt,) in inputs.prompts]
+    if not config.worn_past:
+        return LatentPool(prompts, encode(scenes.pixels))
+    return LatentPool(prompts, encode_worn(_UNHEALED, 2 * block), past=encode_worn(1.0, block))
 
 
 def world_batches(num_scenes: int, num_video_frames: int) -> list[range]:

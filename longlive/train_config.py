@@ -131,6 +131,9 @@ class TrainConfig(Section):
         None, "train on scenes of this procedural world instead of data_path and clips_path", one_of("shapes")
     )
     num_scenes: int = setting(32768, "scenes of the world to train on", at_least(1))
+    worn_past: bool = setting(
+        False, "causal_init on a world: in the past what no prompt tells is somewhat off, and the sink is what mends it"
+    )
     negative_prompt: str = setting("", "what guidance leads away from")
     prompt_dropout: float = setting(0.1, "causal_init, pretrain: share of clips without prompt", between(0, 1))
     picture_share: float = setting(
@@ -283,6 +286,8 @@ class TrainConfig(Section):
             )
         if self.stage not in DISTRIBUTION_MATCHING and self.clips_path is None and self.world is None:
             raise InputError(f"clips_path is not given, and stage={self.stage} trains on clips")
+        if self.worn_past and (self.stage != "causal_init" or self.world is None):
+            raise InputError("worn_past=true: needs stage=causal_init and a world")
         if self.world is not None and self.clips_path is not None:
             raise InputError(f"world={self.world}, clips_path={self.clips_path}: there can be only one of them")
         if self.world is not None and (self.height, self.width, self.fps) != WORLD_SIZE:

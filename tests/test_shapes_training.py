@@ -91,9 +91,19 @@ def test_causal_init_by_regression(runs: Path, tmp_path: Path) -> None:
     assert train("causal_init", tmp_path, *start) == 0
 
 
+def test_causal_init_with_a_worn_past(runs: Path, tmp_path: Path) -> None:
+    """Of four blocks three have a past, and two are worn themselves."""
+    start = (f"vae_ckpt={runs}/vae/vae.safetensors", f"init_logdir={runs}/teacher", "num_training_frames=12")
+    assert train("causal_init", tmp_path, *start, "worn_past=true") == 0
+    assert train("causal_init", tmp_path / "whole", *start, "worn_past=false") == 0
+    rows, others = read_metrics(tmp_path / "causal_init"), read_metrics(tmp_path / "whole" / "causal_init")
+    assert rows[0]["generator/loss"] != others[0]["generator/loss"]
+
+
 @pytest.mark.parametrize(
     ("stage", "settings", "message"),
     [
+        ("teacher", ("worn_past=true",), "worn_past=true: needs stage=causal_init and a world"),
         ("teacher", (RELATIVE,), "use_infinite_attention=true: not available with stage=pretrain"),
         (
             "train_init",

@@ -35,6 +35,7 @@ from longlive.data.shapes.world import (
     sample_scene,
     scene_of,
     switched,
+    worn,
 )
 
 CANVAS = torch.tensor([WIDTH, HEIGHT])
@@ -243,6 +244,36 @@ def test_what_a_switch_does_not_name_stays() -> None:
     calm = continued(after, Caption("black", (STILL,)), 90)
     back = continued(calm, Caption("black", (replace(STILL, size="small"),)), 200)
     torch.testing.assert_close(poses(back.bodies, 230, 231)[0, 0, :2], poses(calm.bodies, 230, 231)[0, 0, :2])
+
+
+def test_a_worn_scene_is_off_in_what_no_caption_names() -> None:
+    seen = scenes(300)
+    offs, tints = [], []
+    for scene in seen:
+        full, half = worn(scene, 1.0), worn(scene, 0.5)
+        assert worn(scene, 0.0) == scene
+        assert (full.caption, full.marker, full.wording) == (scene.caption, scene.marker, scene.wording)
+        check_apart(full, 0)
+        away = shortest(poses(full.bodies, 0, 50)[..., :2] - poses(scene.bodies, 0, 50)[..., :2])
+        part = shortest(poses(half.bodies, 0, 50)[..., :2] - poses(scene.bodies, 0, 50)[..., :2])
+        torch.testing.assert_close(part, away / 2, rtol=0, atol=1e-4)
+        torch.testing.assert_close(away, away[:, :1].expand_as(away), rtol=0, atol=1e-4)
+        for body, other, (x, y) in zip(scene.bodies, full.bodies, away[:, 0].tolist(), strict=True):
+            velocity = MOTIONS[body.look.motion].velocity
+            assert all(off == 0 for off, speed in zip((x, y), velocity, strict=True) if speed), "no one can tell it"
+            assert 0 <= other.tint <= 1
+            offs += [off for off, speed in zip((x, y), velocity, strict=True) if not speed]
+            tints.append(other.tint - body.tint)
+    assert 1.2 < torch.tensor(offs).std() < 2.0, "2 px, less where the border is near"
+    assert 0.1 < torch.tensor(tints).std() < 0.15
+
+
+def test_clips_that_wear_from_a_frame_on() -> None:
+    clips = ShapesClips(4, seed=0, num_video_frames=9)
+    whole, some = clips.pixels(range(4)), clips.worn_pixels(range(4), share=1.0, start=5)
+    assert torch.equal(some[:, :5], whole[:, :5])
+    assert not torch.equal(some[:, 5:], whole[:, 5:])
+    assert torch.equal(clips.worn_pixels(range(4), share=1.0, start=50), whole)
 
 
 def test_switch_pairs_have_prompts_of_their_scenes() -> None:

@@ -25,6 +25,7 @@ from training_world import (
     training,
 )
 
+from longlive.data.clips import LatentPool
 from longlive.flow import add_noise
 from longlive.models.attention import sdpa
 from longlive.models.dit import WanDiT
@@ -199,6 +200,18 @@ def test_teacher_forcing_sees_what_the_cache_shows(
         model.remember(
             clean[:, own], constant_timesteps(clean, context_timestep), text, cache=cache, plan=cache.plan(start, block)
         )
+
+
+def test_a_past_that_is_off_is_what_blocks_see(tmp_path: Path) -> None:
+    """It is no target: with clips as their own past, nothing changes."""
+    with training(Setup(stage="causal_init"), tmp_path) as trainer:
+        stage, losses = trainer.stage, []
+        assert isinstance(stage, CausalInit)
+        clips = stage.clips.batch(range(len(PROMPTS)))
+        for past in (None, clips.latents, clips.latents + 1):
+            stage.clips = LatentPool(clips.prompts, clips.latents, past)
+            losses.append(stage.loss("generator", draw_at(0)).value.item())
+    assert losses[0] == losses[1] != losses[2]
 
 
 # --- activations computed again ---------------------------------------------------------------------------------------

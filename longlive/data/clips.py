@@ -42,11 +42,16 @@ Shapes = dict[str, list[int]]
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """B clips. latents [B, F, C, h, w] and trajectory [B, S, F, C, h, w] or None, float32, on the source's device."""
+    """B clips, float32, on the source's device.
+
+    latents [B, F, C, h, w]; trajectory [B, S, F, C, h, w]: a teacher's states on the way to them; past [B, F, C, h, w]:
+    what stands for them as a past that is somewhat off.
+    """
 
     prompts: list[str]
     latents: Tensor
-    trajectory: Tensor | None
+    trajectory: Tensor | None = None
+    past: Tensor | None = None
 
 
 class LatentSource(Protocol):
@@ -96,16 +101,17 @@ def from_uint8(frames: Tensor) -> Tensor:
 class LatentPool:
     """Clips in memory, on any device: a `LatentSource`."""
 
-    def __init__(self, prompts: Sequence[str], latents: Tensor) -> None:
-        """latents [N, F, C, h, w] float32."""
-        self._prompts, self._latents = prompts, latents
+    def __init__(self, prompts: Sequence[str], latents: Tensor, past: Tensor | None = None) -> None:
+        """latents and past [N, F, C, h, w] float32."""
+        self._prompts, self._latents, self._past = prompts, latents, past
 
     def __len__(self) -> int:
         return len(self._latents)
 
     def batch(self, items: Sequence[int]) -> ClipBatch:
         index = torch.tensor(items).to(self._latents.device, non_blocking=True)
-        return ClipBatch([self._prompts[item] for item in items], self._latents[index], None)
+        past = None if self._past is None else self._past[index]
+        return ClipBatch([self._prompts[item] for item in items], self._latents[index], past=past)
 
 
 class PixelPool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from longlive.data.clips import LatentSource
+from longlive.data.clips import ClipBatch, LatentSource
 from longlive.data.order import Order
 from longlive.flow import FlowSchedule, add_noise, flow_to_x0
 from longlive.rollout import Sampler
@@ -33,9 +33,9 @@ class FlowMatchingConfig:
 
 
 class FlowMatching(Stage):
-    """The loss of one network, "generator", on clips from the data. uses_trajectory: and on their ODE states."""
+    """The loss of one network, "generator", on clips from the data. is_causal: and on their trajectories and pasts."""
 
-    uses_trajectory = False
+    is_causal = False
 
     def __init__(
         self,
@@ -57,9 +57,8 @@ class FlowMatching(Stage):
         self.schedule = FlowSchedule(config.shift, clock.device)
 
     @abstractmethod
-    def _loss(self, x0: Tensor, trajectory: Tensor | None, text: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
-        """The loss of clips x0 [B, F, C, h, w], with ODE trajectories [B, S, F, C, h, w] or without, and the timesteps
-        it was taken at."""
+    def _loss(self, clips: ClipBatch, text: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        """The loss of clips, which lie where the random numbers do, and the timesteps it was taken at."""
 
     def due(self, step: int) -> tuple[str, ...]:
         return ("generator",)
@@ -68,17 +67,19 @@ class FlowMatching(Stage):
         with self.clock.part("data"):
             draw, is_pictures = self.config.pictures.choose(draw)
             batch = self.clips.batch([self.order[sample] for sample in draw.samples])
-            latents = (batch.latents[:, :1] if is_pictures else batch.latents).to(draw.device)
+            clips = ClipBatch(
+                batch.prompts,
+                (batch.latents[:, :1] if is_pictures else batch.latents).to(draw.device),
+                batch.trajectory.to(draw.device) if self.is_causal and batch.trajectory is not None else None,
+                batch.past.to(draw.device) if self.is_causal and batch.past is not None else None,
+            )
             text = self.encode_prompts(batch.prompts)
-            trajectory = None
-            if self.uses_trajectory and batch.trajectory is not None:
-                trajectory = batch.trajectory.to(draw.device)
-            else:  # where a guided trajectory ends depends on its prompt: without it there is nothing to learn there
+            if clips.trajectory is None:  # where a guided one ends depends on its prompt: it cannot do without it
                 is_dropped = draw.of("dropout").uniform(1, 1) < self.config.prompt_dropout
                 text = torch.where(is_dropped, self.negative, text)
         with self.clock.part("forward"):
-            loss, timesteps = self._loss(latents, trajectory, text, draw)
-        return Loss(loss, {"timestep": timesteps.mean()}, latents.shape[0] * latents.shape[1])
+            loss, timesteps = self._loss(clips, text, draw)
+        return Loss(loss, {"timestep": timesteps.mean()}, clips.latents.shape[0] * clips.latents.shape[1])
 
     def _timesteps(self, draw: Draw, num: int) -> tuple[Tensor, Tensor]:
         """Random timesteps [B, num] and their noise levels, uniform before the warp."""
@@ -89,7 +90,8 @@ class FlowMatching(Stage):
 class Pretrain(FlowMatching):
     """A bidirectional model: one noise level for all frames of a clip."""
 
-    def _loss(self, x0: Tensor, trajectory: Tensor | None, text: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+    def _loss(self, clips: ClipBatch, text: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        x0 = clips.latents
         timesteps, sigma = self._timesteps(draw.of("timestep"), 1)
         noise = draw.of("noise").normal(*x0.shape[1:])
         flow = self.generator(add_noise(x0, noise, sigma[..., None, None, None]), timesteps, text)
@@ -99,7 +101,7 @@ class Pretrain(FlowMatching):
 class CausalInit(FlowMatching):
     """A causal model: teacher forcing with the window, sink and blocks of the rollout."""
 
-    uses_trajectory = True
+    is_causal = True
 
     def __init__(
         self,
@@ -116,13 +118,14 @@ class CausalInit(FlowMatching):
         super().__init__(generator, clips, order, encode_prompts, negative_prompt, config, clock)
         self.sampler = sampler
 
-    def _loss(self, x0: Tensor, trajectory: Tensor | None, text: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
-        block = self.sampler.config.frames_per_block
+    def _loss(self, clips: ClipBatch, text: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        x0, trajectory, block = clips.latents, clips.trajectory, self.sampler.config.frames_per_block
+        past = x0 if clips.past is None else clips.past
         if trajectory is None:
             timesteps, sigma = self._timesteps(draw.of("timestep"), x0.shape[1] // block)
             sigma = sigma.repeat_interleave(block, dim=1)[..., None, None, None]
             noise = draw.of("noise").normal(*x0.shape[1:])
-            flow = self._flow(add_noise(x0, noise, sigma), x0, timesteps, text)
+            flow = self._flow(add_noise(x0, noise, sigma), past, timesteps, text)
             return (flow.float() - (noise - x0)).square().mean(), timesteps
         steps = draw.of("timestep").integers(len(self.sampler.timesteps), x0.shape[1] // block)
         timesteps, sigma = (
@@ -130,7 +133,7 @@ class CausalInit(FlowMatching):
         )
         frames = steps.repeat_interleave(block, dim=1)[:, None, :, None, None, None]
         states = trajectory.gather(1, frames.expand(-1, 1, *x0.shape[1:])).squeeze(1)
-        flow = self._flow(states, x0, timesteps, text)
+        flow = self._flow(states, past, timesteps, text)
         predicted = flow_to_x0(flow, states, sigma.repeat_interleave(block, dim=1)[..., None, None, None])
         return (predicted - x0).square().mean(), timesteps
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from longlive.data.clips import from_uint8
 from longlive.data.shapes.captions import prompt_of
 from longlive.data.shapes.render import render
-from longlive.data.shapes.world import TWO_BODIES_SHARE, Scene, sample_scene, switched
+from longlive.data.shapes.world import TWO_BODIES_SHARE, Scene, sample_scene, switched, worn
 
 TRAINED_TWO_BODIES_SHARE = 0.5  # of the scenes to train on: more than in the world, as they are harder to learn
 TRAIN, HELD_OUT = "train", "held out"  # splits: the same seed and number give other scenes in each
@@ -55,6 +55,13 @@ class ShapesClips:
     def pixels(self, items: Sequence[int]) -> Tensor:
         """[B, num_video_frames, 3, HEIGHT, WIDTH] float32 in [-1, 1]."""
         return from_uint8(self.frames(items))
+
+    def worn_pixels(self, items: Sequence[int], share: float, start: int) -> Tensor:
+        """`pixels` of scenes that are `worn` by this share from a video frame on."""
+        scenes, end = self.scenes(items), self._num_video_frames
+        before = render(scenes, 0, min(start, end), self._device)
+        after = render([worn(scene, share) for scene in scenes], min(start, end), end, self._device)
+        return from_uint8(torch.cat([before, after], dim=1))
 
 
 class ShapesSwitches:

@@ -82,6 +82,7 @@ LAYOUTS: dict[str, frozenset[str]] = {  # and the motions that stay in a part of
 }
 
 TWO_BODIES_SHARE = 0.3  # of the scenes
+WORN_PX, WORN_TINT = 2.0, 0.15  # standard deviations of places and tints in a worn scene
 _MARGIN = 1.0  # px kept between a body and the border of its part of the canvas
 _GLIDE_SPEED = (2.0, 2.0, 0.6)  # most of x, y, radius per frame after a switch
 _MARKER_REACH = 6.0  # px
@@ -216,6 +217,16 @@ def continued(scene: Scene, caption: Caption, frame: int, wording: int = 0) -> S
     return replace(scene, background=caption.background, bodies=bodies, wording=wording)
 
 
+def worn(scene: Scene, share: float) -> Scene:
+    """The scene as the past of a long video may have come to show it: what no caption names is somewhat off.
+
+    It follows from the scene which way; share: how much of it. Along a travel nothing is, where nothing could tell.
+    """
+    rng = random.Random(f"worn {scene.wording}")
+    bodies = tuple(_worn_body(body, _home(body, scene.layout), share, rng) for body in scene.bodies)
+    return replace(scene, bodies=bodies)
+
+
 def poses(bodies: Sequence[Body], start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
     """x, y, radius of every body at frames start, …, stop − 1: [N, F, 3] float64, x and y on the canvas.
 
@@ -308,6 +319,18 @@ def _range(look: Look, cell: Cell) -> tuple[tuple[float, float], tuple[float, fl
 def _sample_track(look: Look, cell: Cell, rng: random.Random) -> Track:
     x, y = (rng.uniform(*span) for span in _range(look, cell))
     return Track(x, y, rng.random())
+
+
+def _worn_body(body: Body, cell: Cell, share: float, rng: random.Random) -> Body:
+    spans = [*_range(body.look, cell), (0.0, 1.0)]
+    fixed = [*(speed != 0 for speed in MOTIONS[body.look.motion].velocity), False]
+    x, y, tint = (
+        value if is_fixed else value + share * (min(max(value + rng.gauss(0.0, spread), low), high) - value)
+        for value, is_fixed, spread, (low, high) in zip(
+            (body.track.x, body.track.y, body.tint), fixed, (WORN_PX, WORN_PX, WORN_TINT), spans, strict=True
+        )
+    )
+    return replace(body, tint=tint, track=replace(body.track, x=x, y=y))
 
 
 def _covers(body: Body, corner: tuple[float, float]) -> bool:
