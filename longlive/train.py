@@ -225,7 +225,8 @@ def pixel_clips(config: TrainConfig, device: torch.device) -> PixelSource:
         assert config.clips_path is not None
         return PixelClips(config.clips_path, config.height, config.width, num_video_frames, config.fps)
     clips = ShapesClips(config.num_scenes, config.seed, num_video_frames, device=device)
-    return PixelPool(torch.cat([clips.frames(numbers) for numbers in world_batches(len(clips), num_video_frames)]))
+    batches = world_batches(len(clips), num_video_frames, device)
+    return PixelPool(torch.cat([clips.frames(numbers) for numbers in batches]))
 
 
 def num_statistics_clips(config: TrainConfig) -> int:

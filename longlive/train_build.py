@@ -59,8 +59,9 @@ from longlive.weights.lora import Lora
 
 _UNHEALED = 0.75
 """Of what is off in a worn past, how much is still off in the block after it."""
-WORLD_BATCH_FRAMES = 256 * 81
-"""Video frames of scenes drawn or encoded at a time: with fewer, the time goes into launching kernels."""
+WORLD_BATCH_FRAMES = {"cuda": 256 * 81, "cpu": 16 * 81}
+"""Video frames of scenes drawn or encoded at a time, of some 2 MB each: with fewer, a GPU's time goes into launching
+kernels."""
 
 
 def make_trainer(
@@ -243,13 +244,13 @@ def make_flow_matching(
 def encode_world(config: TrainConfig, inputs: Inputs, device: torch.device) -> LatentPool:
     """The latents of all scenes of a world, drawn and encoded on the device, where they stay.
 
-    With a worn past, what no caption names is off from the second block on in what the clean pass shows, and from the
+    With a worn past, bodies are off their place from the second block on in what the clean pass shows, and from the
     third on less in what is to be learnt: so blocks learn to follow the sink where it and the window do not agree.
     """
     vae, block, factor = inputs.vae, config.num_frame_per_block, inputs.vae.config.temporal_factor
     num_video_frames = 1 + factor * (config.clip_frames - 1)
     scenes = ShapesClips(config.num_scenes, config.seed, num_video_frames, device=device)
-    batches = world_batches(len(scenes), num_video_frames)
+    batches = world_batches(len(scenes), num_video_frames, device)
 
     def encode(pixels: Callable[[range], Tensor]) -> Tensor:
         bar = tqdm(batches, "encoding scenes", disable=not is_main())
@@ -265,9 +266,9 @@ def encode_world(config: TrainConfig, inputs: Inputs, device: torch.device) -> L
     return LatentPool(prompts, encode_worn(_UNHEALED, 2 * block), past=encode_worn(1.0, block))
 
 
-def world_batches(num_scenes: int, num_video_frames: int) -> list[range]:
+def world_batches(num_scenes: int, num_video_frames: int, device: torch.device) -> list[range]:
     """The numbers of scenes, parted into what is drawn or encoded at a time."""
-    size = max(1, WORLD_BATCH_FRAMES // num_video_frames)
+    size = max(1, WORLD_BATCH_FRAMES[device.type] // num_video_frames)
     return [range(start, min(start + size, num_scenes)) for start in range(0, num_scenes, size)]
 
 

@@ -132,7 +132,7 @@ class TrainConfig(Section):
     )
     num_scenes: int = setting(32768, "scenes of the world to train on", at_least(1))
     worn_past: bool = setting(
-        False, "causal_init on a world: in the past what no prompt tells is somewhat off, and the sink is what mends it"
+        False, "causal_init on a world: in the past bodies are somewhat off their place, and the sink is what mends it"
     )
     negative_prompt: str = setting("", "what guidance leads away from")
     prompt_dropout: float = setting(0.1, "causal_init, pretrain: share of clips without prompt", between(0, 1))

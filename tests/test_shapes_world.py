@@ -246,9 +246,9 @@ def test_what_a_switch_does_not_name_stays() -> None:
     torch.testing.assert_close(poses(back.bodies, 230, 231)[0, 0, :2], poses(calm.bodies, 230, 231)[0, 0, :2])
 
 
-def test_a_worn_scene_is_off_in_what_no_caption_names() -> None:
+def test_a_worn_scene_is_off_its_place() -> None:
     seen = scenes(300)
-    offs, tints = [], []
+    offs = []
     for scene in seen:
         full, half = worn(scene, 1.0), worn(scene, 0.5)
         assert worn(scene, 0.0) == scene
@@ -258,14 +258,11 @@ def test_a_worn_scene_is_off_in_what_no_caption_names() -> None:
         part = shortest(poses(half.bodies, 0, 50)[..., :2] - poses(scene.bodies, 0, 50)[..., :2])
         torch.testing.assert_close(part, away / 2, rtol=0, atol=1e-4)
         torch.testing.assert_close(away, away[:, :1].expand_as(away), rtol=0, atol=1e-4)
-        for body, other, (x, y) in zip(scene.bodies, full.bodies, away[:, 0].tolist(), strict=True):
+        for body, (x, y) in zip(scene.bodies, away[:, 0].tolist(), strict=True):
             velocity = MOTIONS[body.look.motion].velocity
             assert all(off == 0 for off, speed in zip((x, y), velocity, strict=True) if speed), "no one can tell it"
-            assert 0 <= other.tint <= 1
             offs += [off for off, speed in zip((x, y), velocity, strict=True) if not speed]
-            tints.append(other.tint - body.tint)
     assert 1.2 < torch.tensor(offs).std() < 2.0, "2 px, less where the border is near"
-    assert 0.1 < torch.tensor(tints).std() < 0.15
 
 
 def test_clips_that_wear_from_a_frame_on() -> None:

@@ -82,7 +82,7 @@ LAYOUTS: dict[str, frozenset[str]] = {  # and the motions that stay in a part of
 }
 
 TWO_BODIES_SHARE = 0.3  # of the scenes
-WORN_PX, WORN_TINT = 2.0, 0.15  # standard deviations of places and tints in a worn scene
+WORN_PX = 2.0  # standard deviation of places in a worn scene
 _MARGIN = 1.0  # px kept between a body and the border of its part of the canvas
 _GLIDE_SPEED = (2.0, 2.0, 0.6)  # most of x, y, radius per frame after a switch
 _MARKER_REACH = 6.0  # px
@@ -218,9 +218,9 @@ def continued(scene: Scene, caption: Caption, frame: int, wording: int = 0) -> S
 
 
 def worn(scene: Scene, share: float) -> Scene:
-    """The scene as the past of a long video may have come to show it: what no caption names is somewhat off.
+    """The scene as the past of a long video may have come to show it: bodies are somewhat off their place.
 
-    It follows from the scene which way; share: how much of it. Along a travel nothing is, where nothing could tell.
+    It follows from the scene which way; share: how much of it. Along a travel they are not, where nothing could tell.
     """
     rng = random.Random(f"worn {scene.wording}")
     bodies = tuple(_worn_body(body, _home(body, scene.layout), share, rng) for body in scene.bodies)
@@ -322,15 +322,12 @@ def _sample_track(look: Look, cell: Cell, rng: random.Random) -> Track:
 
 
 def _worn_body(body: Body, cell: Cell, share: float, rng: random.Random) -> Body:
-    spans = [*_range(body.look, cell), (0.0, 1.0)]
-    fixed = [*(speed != 0 for speed in MOTIONS[body.look.motion].velocity), False]
-    x, y, tint = (
-        value if is_fixed else value + share * (min(max(value + rng.gauss(0.0, spread), low), high) - value)
-        for value, is_fixed, spread, (low, high) in zip(
-            (body.track.x, body.track.y, body.tint), fixed, (WORN_PX, WORN_PX, WORN_TINT), spans, strict=True
-        )
+    track, velocity, spans = body.track, MOTIONS[body.look.motion].velocity, _range(body.look, cell)
+    x, y = (
+        value if speed else value + share * (min(max(value + rng.gauss(0.0, WORN_PX), low), high) - value)
+        for value, speed, (low, high) in zip((track.x, track.y), velocity, spans, strict=True)
     )
-    return replace(body, tint=tint, track=replace(body.track, x=x, y=y))
+    return replace(body, track=replace(track, x=x, y=y))
 
 
 def _covers(body: Body, corner: tuple[float, float]) -> bool:
