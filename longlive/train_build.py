@@ -23,7 +23,7 @@ from longlive.inference.session import Models, SessionConfig
 from longlive.models.attention import select_attention
 from longlive.models.dit import WanDiT
 from longlive.models.kv_cache import CacheConfig
-from longlive.models.vae import RMSNorm
+from longlive.models.vae import RMSNorm, WanVAE
 from longlive.rollout import Sampler, SamplerConfig, SwitchPolicy
 from longlive.train_config import CAUSAL, DISTRIBUTION_MATCHING, TrainConfig
 from longlive.train_inputs import Inputs, latent_shape
@@ -244,26 +244,30 @@ def make_flow_matching(
 def encode_world(config: TrainConfig, inputs: Inputs, device: torch.device) -> LatentPool:
     """The latents of all scenes of a world, drawn and encoded on the device, where they stay.
 
-    With a worn past, bodies are off their place from the second block on in what the clean pass shows, and from the
-    third on less in what is to be learnt: so blocks learn to follow the sink where it and the window do not agree.
+    With a worn past, bodies are off their place behind the sink in what the clean pass shows, and from a block later on
+    less in what is to be learnt: so blocks learn to follow the sink where it and the window do not agree.
     """
-    vae, block, factor = inputs.vae, config.num_frame_per_block, inputs.vae.config.temporal_factor
-    num_video_frames = 1 + factor * (config.clip_frames - 1)
-    scenes = ShapesClips(config.num_scenes, config.seed, num_video_frames, device=device)
-    batches = world_batches(len(scenes), num_video_frames, device)
-
-    def encode(pixels: Callable[[range], Tensor]) -> Tensor:
-        bar = tqdm(batches, "encoding scenes", disable=not is_main())
-        return torch.cat([vae.normalized(vae.encode_distribution(pixels(numbers))[0]) for numbers in bar]).float()
-
-    def encode_worn(share: float, num_before: int) -> Tensor:
-        start = 1 + factor * (num_before - 1)
-        return encode(partial(scenes.worn_pixels, share=share, start=start))
-
     prompts = [prompt for (prompt,) in inputs.prompts]
+
+    def encode(num_frames: int, share: float = 0.0) -> Tensor:
+        num_video_frames = 1 + inputs.vae.config.temporal_factor * (num_frames - 1)
+        scenes = ShapesClips(config.num_scenes, config.seed, num_video_frames, device=device)
+        batches = world_batches(len(scenes), num_video_frames, device)
+        bar = tqdm(batches, "encoding scenes", disable=not is_main())
+        return torch.cat([encode_batch(inputs.vae, scenes.worn_pixels(numbers, share)) for numbers in bar])
+
     if not config.worn_past:
-        return LatentPool(prompts, encode(scenes.pixels))
-    return LatentPool(prompts, encode_worn(_UNHEALED, 2 * block), past=encode_worn(1.0, block))
+        return LatentPool(prompts, encode(config.clip_frames))
+    num_true = config.worn_from_frame
+    start = num_true + config.num_frame_per_block
+    true, past, target = encode(start), encode(config.clip_frames, 1.0), encode(config.clip_frames, _UNHEALED)
+    past[:, :num_true], target[:, :start] = true[:, :num_true], true
+    return LatentPool(prompts, target, past)
+
+
+def encode_batch(vae: WanVAE, pixels: Tensor) -> Tensor:
+    """Means of the latents [B, F, C, h, w] float32 of pixels [B, V, 3, height, width] in [-1, 1]."""
+    return vae.normalized(vae.encode_distribution(pixels)[0]).float()
 
 
 def world_batches(num_scenes: int, num_video_frames: int, device: torch.device) -> list[range]:

@@ -132,7 +132,9 @@ class TrainConfig(Section):
     )
     num_scenes: int = setting(32768, "scenes of the world to train on", at_least(1))
     worn_past: bool = setting(
-        False, "causal_init on a world: in the past bodies are somewhat off their place, and the sink is what mends it"
+        False,
+        "causal_init on a world: behind the sink the past shows bodies off their place, and blocks learn to bring them "
+        "back by a part",
     )
     negative_prompt: str = setting("", "what guidance leads away from")
     prompt_dropout: float = setting(0.1, "causal_init, pretrain: share of clips without prompt", between(0, 1))
@@ -286,8 +288,14 @@ class TrainConfig(Section):
             )
         if self.stage not in DISTRIBUTION_MATCHING and self.clips_path is None and self.world is None:
             raise InputError(f"clips_path is not given, and stage={self.stage} trains on clips")
-        if self.worn_past and (self.stage != "causal_init" or self.world is None):
-            raise InputError("worn_past=true: needs stage=causal_init and a world")
+        if self.worn_past and (self.stage != "causal_init" or self.world is None or not model.sink_size):
+            raise InputError("worn_past=true: needs stage=causal_init, a world, and a sink")
+        shortest = self.worn_from_frame + 2 * block
+        if self.worn_past and self.clip_frames < shortest:
+            raise InputError(
+                f"num_training_frames={self.clip_frames}: must hold the sink and two more blocks with worn_past=true, "
+                f"at least {shortest}"
+            )
         if self.world is not None and self.clips_path is not None:
             raise InputError(f"world={self.world}, clips_path={self.clips_path}: there can be only one of them")
         if self.world is not None and (self.height, self.width, self.fps) != WORLD_SIZE:
@@ -309,6 +317,12 @@ class TrainConfig(Section):
     def clip_frames(self) -> int:
         """Latent frames of the clip that a loss sees."""
         return self.streaming_chunk_size if self.stage == "streaming" else self.num_training_frames
+
+    @property
+    def worn_from_frame(self) -> int:
+        """The first latent frame of a worn past: the first of a block behind the sink."""
+        block = self.num_frame_per_block
+        return -(-self.model_kwargs.sink_size // block) * block
 
     @property
     def has_switch(self) -> bool:

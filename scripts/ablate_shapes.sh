@@ -16,6 +16,7 @@ for name in "${names[@]}"; do
     [[ " ${all[*]} " == *" $name "* ]] || { echo "ablate_shapes: $name is not known, accepted: ${all[*]}" >&2 && exit 2; }
 done
 out="$runs/ablations"
+within_video="model_kwargs.use_infinite_attention=false"
 python="$(bash scripts/setup.sh)"
 read -ra more <<<"${ABLATE_SETTINGS:-}"
 read -ra measured <<<"${EVALUATE_SETTINGS:-}"
@@ -29,7 +30,7 @@ train() { # stage, name, init_logdir, settings
     touch "$folder/done"
 }
 train_init() { # name, settings
-    train train_init "$1" "$runs/causal_init" critic_ckpt="$runs/teacher/generator.safetensors" max_iters=600 "${@:2}"
+    train train_init "$1" "${causal:-$runs/causal_init}" critic_ckpt="$runs/teacher/generator.safetensors" max_iters=600 "${@:2}"
 }
 train_long() { # name, whose first stage, settings
     train train_long "$1" "$out/$2/train_init" max_iters=240 "${@:3}"
@@ -37,6 +38,10 @@ train_long() { # name, whose first stage, settings
 both() { # name, settings
     train_init "$@"
     train_long "$1" "$@"
+}
+absolute() { # positions within the video in all stages, and clips no longer than the teacher's
+    train causal_init absolute "$runs/teacher" num_training_frames=21 num_scenes=32768 batch_size=32 "$within_video"
+    causal="$out/absolute/causal_init" both absolute "$within_video"
 }
 evaluate() { # name, folder of the run, settings
     [[ -e "$out/$1.json" ]] && return
@@ -59,9 +64,9 @@ for name in "${names[@]}"; do
             train_long "$name" base adapter.type=lora adapter.rank="${name#lora_}" adapter.alpha="${name#lora_}" lr=4.0e-4
             ;;
         stage_1) train_init base && folder="$out/base/train_init" ;; # before streaming
-        absolute) both absolute model_kwargs.use_infinite_attention=false ;; # positions within the video, not the window
+        absolute) absolute ;; # positions within the video, not the window
         relative_later) # positions within the window, where training had those within the video
-            both absolute model_kwargs.use_infinite_attention=false
+            absolute
             folder="$out/absolute/train_long" settings=(model_kwargs.use_infinite_attention=true)
             ;;
         sink_unused) # trained with a sink

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longlive.data.clips import PixelSource
+from longlive.data.clips import PixelSource, from_uint8
 from longlive.data.shapes.captions import parse, prompt_of, understand, worded
 from longlive.data.shapes.clips import HELD_OUT, TRAIN, ShapesClips, ShapesSwitches, scene_number
 from longlive.data.shapes.render import coverage, render
@@ -265,12 +265,11 @@ def test_a_worn_scene_is_off_its_place() -> None:
     assert 1.2 < torch.tensor(offs).std() < 2.0, "2 px, less where the border is near"
 
 
-def test_clips_that_wear_from_a_frame_on() -> None:
+def test_clips_of_worn_scenes() -> None:
     clips = ShapesClips(4, seed=0, num_video_frames=9)
-    whole, some = clips.pixels(range(4)), clips.worn_pixels(range(4), share=1.0, start=5)
-    assert torch.equal(some[:, :5], whole[:, :5])
-    assert not torch.equal(some[:, 5:], whole[:, 5:])
-    assert torch.equal(clips.worn_pixels(range(4), share=1.0, start=50), whole)
+    assert torch.equal(clips.worn_pixels(range(4), share=0.0), clips.pixels(range(4)))
+    some = [worn(scene, 0.5) for scene in clips.scenes(range(4))]
+    assert torch.equal(clips.worn_pixels(range(4), share=0.5), from_uint8(render(some, 0, 9)))
 
 
 def test_switch_pairs_have_prompts_of_their_scenes() -> None:

@@ -202,16 +202,22 @@ def test_teacher_forcing_sees_what_the_cache_shows(
         )
 
 
-def test_a_past_that_is_off_is_what_blocks_see(tmp_path: Path) -> None:
-    """It is no target: with clips as their own past, nothing changes."""
+def test_a_past_that_is_off_is_seen_and_not_learnt(tmp_path: Path) -> None:
     with training(Setup(stage="causal_init"), tmp_path) as trainer:
-        stage, losses = trainer.stage, []
+        stage = trainer.stage
         assert isinstance(stage, CausalInit)
         clips = stage.clips.batch(range(len(PROMPTS)))
-        for past in (None, clips.latents, clips.latents + 1):
-            stage.clips = LatentPool(clips.prompts, clips.latents, past)
-            losses.append(stage.loss("generator", draw_at(0)).value.item())
-    assert losses[0] == losses[1] != losses[2]
+        stage.clips = LatentPool(clips.prompts, clips.latents, past := torch.randn_like(clips.latents))
+        loss = stage.loss("generator", draw_at(0)).value
+        (item,) = (stage.order[sample] for sample in draw_at(0).samples)
+        x0, noise = clips.latents[[item]], draw_at(0).of("noise").normal(*clips.latents.shape[1:])
+        timesteps, sigma = stage._timesteps(draw_at(0).of("timestep"), x0.shape[1] // 2)
+        sigma = sigma.repeat_interleave(2, dim=1)[..., None, None, None]
+        noisy, text = add_noise(x0, noise, sigma), stage.encode_prompts([clips.prompts[item]])
+        if draw_at(0).of("dropout").uniform(1, 1) < stage.config.prompt_dropout:
+            text = stage.negative
+        flow = stage.generator(noisy, past[[item]], timesteps.repeat_interleave(2, dim=1), text)
+    torch.testing.assert_close(loss, (flow - (noise - x0)).square().mean())
 
 
 # --- activations computed again ---------------------------------------------------------------------------------------

@@ -57,8 +57,8 @@ def flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class View:
-    """What some frames of a pass see. queries: their numbers among all queries; keys: ranges of all keys, in frames;
-    turn: RoPE [2, 1, D / 2] by which the keys of the first range are turned."""
+    """What some frames of a pass see. queries, keys: ranges of frames among all queries and all keys; turn: RoPE
+    [2, 1, D / 2] by which the keys of the first range are turned."""
 
     queries: range
     keys: tuple[range, ...]
@@ -75,6 +75,7 @@ def attend_views(
     each be added to zeros of full size.
     """
     bounds = [bound for view in views for part in (view.queries, *view.keys) for bound in (part.start, part.stop)]
+    assert max(bounds) * frame_tokens <= k.shape[2], "a view reaches beyond the keys"
     size = math.gcd(*bounds)
     queries, keys, values = (x.split(size * frame_tokens, dim=2) for x in (q, k, v))
 

@@ -3,7 +3,7 @@
 The way from a bidirectional to a causal model (CausVid, arXiv 2412.07772; Self-Forcing, arXiv 2506.08009). The clip
 passes through the model twice side by side: clean frames, which see what the cache's clean pass would see, and noisy
 ones, which see their own block and the clean past in the cache's window and sink. So the model is trained on exactly
-what a rollout with a perfect past would show it.
+what a rollout with this past would show it. Where positions are relative, the sink's keys are turned for every block.
 
 Shapes: F frames of S tokens, clean then noisy: T = 2 F S tokens.
 """
@@ -36,8 +36,8 @@ class TeacherForced(nn.Module):
         self.attention = attention
 
     def forward(self, noisy: Tensor, clean: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-        """The flow of noisy frames [B, F, C, height, width] at timesteps [B, F], given the clean ones of that shape and
-        prompts [B, L, text_dim]."""
+        """The flow of noisy frames [B, F, C, height, width] at timesteps [B, F], given clean ones of that shape, which
+        are the past, and prompts [B, L, text_dim]."""
         num_frames = noisy.shape[1]
         frames = torch.arange(num_frames, device=noisy.device)
         flow: Tensor = self.model(

@@ -56,12 +56,10 @@ class ShapesClips:
         """[B, num_video_frames, 3, HEIGHT, WIDTH] float32 in [-1, 1]."""
         return from_uint8(self.frames(items))
 
-    def worn_pixels(self, items: Sequence[int], share: float, start: int) -> Tensor:
-        """`pixels` of scenes that are `worn` by this share from a video frame on."""
-        scenes, end = self.scenes(items), self._num_video_frames
-        before = render(scenes, 0, min(start, end), self._device)
-        after = render([worn(scene, share) for scene in scenes], min(start, end), end, self._device)
-        return from_uint8(torch.cat([before, after], dim=1))
+    def worn_pixels(self, items: Sequence[int], share: float) -> Tensor:
+        """`pixels` of the scenes as they are when they are `worn` by this share."""
+        scenes = [worn(scene, share) for scene in self.scenes(items)]
+        return from_uint8(render(scenes, 0, self._num_video_frames, self._device))
 
 
 class ShapesSwitches:
