@@ -251,10 +251,10 @@ def encode_world(config: TrainConfig, inputs: Inputs, device: torch.device) -> L
 
     def encode(num_frames: int, share: float = 0.0) -> Tensor:
         num_video_frames = 1 + inputs.vae.config.temporal_factor * (num_frames - 1)
-        scenes = ShapesClips(config.num_scenes, config.seed, num_video_frames, device=device)
+        scenes = ShapesClips(config.num_scenes, config.seed, num_video_frames, device=device, worn_share=share)
         batches = world_batches(len(scenes), num_video_frames, device)
         bar = tqdm(batches, "encoding scenes", disable=not is_main())
-        return torch.cat([encode_batch(inputs.vae, scenes.worn_pixels(numbers, share)) for numbers in bar])
+        return torch.cat([encode_batch(inputs.vae, scenes.pixels(numbers)) for numbers in bar])
 
     if not config.worn_past:
         return LatentPool(prompts, encode(config.clip_frames))

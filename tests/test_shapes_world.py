@@ -267,9 +267,12 @@ def test_a_worn_scene_is_off_its_place() -> None:
 
 def test_clips_of_worn_scenes() -> None:
     clips = ShapesClips(4, seed=0, num_video_frames=9)
-    assert torch.equal(clips.worn_pixels(range(4), share=0.0), clips.pixels(range(4)))
+    assert torch.equal(
+        ShapesClips(4, seed=0, num_video_frames=9, worn_share=0.0).pixels(range(4)), clips.pixels(range(4))
+    )
     some = [worn(scene, 0.5) for scene in clips.scenes(range(4))]
-    assert torch.equal(clips.worn_pixels(range(4), share=0.5), from_uint8(render(some, 0, 9)))
+    half = ShapesClips(4, seed=0, num_video_frames=9, worn_share=0.5)
+    assert torch.equal(half.pixels(range(4)), from_uint8(render(some, 0, 9)))
 
 
 def test_switch_pairs_have_prompts_of_their_scenes() -> None:

@@ -18,14 +18,13 @@ kept for that.
 Shapes: B batch, H heads, D head_dim; one latent frame is `frame_tokens` tokens.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from longlive.models.rope import apply_rope, rope_table
+from longlive.models.rope import apply_rope
 
 SinkWrite = Literal["fill", "keep", "rewrite"]
 
@@ -73,15 +72,6 @@ class CacheConfig:
         """What all blocks of a clip see before them: so many frames of the sink, and behind it all from the second
         number on."""
         return min(self.sink_frames, start + num_frames - frames_per_block), self.oldest_seen(start + frames_per_block)
-
-
-def sink_turns(
-    ends: Sequence[int], shift: int, config: CacheConfig, head_dim: int, device: torch.device
-) -> list[Tensor | None]:
-    """For passes that end before these frames, the RoPE [2, 1, D / 2] from a sink moved by `shift` to where they see
-    it; None where that is the same."""
-    away = [config.sink_shift(end) - shift for end in ends]
-    return [rope_table(torch.full((1,), frames, device=device), 1, 1, head_dim) if frames else None for frames in away]
 
 
 @dataclass(frozen=True)

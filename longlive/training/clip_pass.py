@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from longlive.flow import flow_to_x0
 from longlive.models.attention import AttentionFn, View, attend_views
 from longlive.models.dit import WanDiT
-from longlive.models.kv_cache import CacheConfig, CachePlan, KVCache, sink_turns
+from longlive.models.kv_cache import CacheConfig, CachePlan, KVCache
+from longlive.models.rope import rope_table
 from longlive.rollout import ExitStep
 
 
@@ -70,9 +71,9 @@ class ClipPass:
         window = cache.config.window_frames
         key = (start_frame if window == -1 else min(start_frame, window), num_frames)
         if key not in self._calls:
-            head_dim = self.model.config.head_dim
+            head_dim, shift = self.model.config.head_dim, cache.config.sink_shift(sum(key))
             attention = clip_attention(
-                *key, self.frames_per_block, cache.config, self.attention, head_dim, cache.device
+                *key, self.frames_per_block, cache.config, self.attention, head_dim, cache.device, shift
             )
             self._calls[key] = self._graphed(_Pass(self.model, cache, attention))
         return self._calls[key]
@@ -103,17 +104,19 @@ def clip_attention(
     attention: AttentionFn,
     head_dim: int,
     device: torch.device,
+    sink_shift: int,
 ) -> AttentionFn:
     """Attention of a clip's blocks, to keys of the past as `KVCache.plan_clip_gradient` orders them, then their own.
 
-    A call for each block, on the keys it sees, and so without any mask.
+    A call for each block, on the keys it sees, and so without any mask. sink_shift: by how much the sink's keys have
+    been moved.
     """
     num_sink, oldest = cache.clip_past(start_frame, num_frames, frames_per_block)
     last_start = start_frame + num_frames - frames_per_block
     num_past = num_sink + max(last_start - oldest, 0)
     starts = range(start_frame, start_frame + num_frames, frames_per_block)
     ends = [start + frames_per_block for start in starts]
-    turns = sink_turns(ends, cache.sink_shift(ends[-1]), cache, head_dim, device)
+    turns = _sink_turns(ends, sink_shift, cache, head_dim, device)
     views = []
     for start, end, turn in zip(starts, ends, turns, strict=True):
         num_seen, first = cache.past_seen(start, end)
@@ -127,3 +130,12 @@ def clip_attention(
         return attend_views(attention, q, k, v, views, q.shape[2] // num_frames)
 
     return attend
+
+
+def _sink_turns(
+    ends: Sequence[int], shift: int, config: CacheConfig, head_dim: int, device: torch.device
+) -> list[Tensor | None]:
+    """For passes that end before these frames, the RoPE [2, 1, D / 2] from a sink moved by `shift` to where they see
+    it; None where that is the same."""
+    away = [config.sink_shift(end) - shift for end in ends]
+    return [rope_table(torch.full((1,), frames, device=device), 1, 1, head_dim) if frames else None for frames in away]

@@ -11,9 +11,10 @@ Shapes: F frames of S tokens, clean then noisy: T = 2 F S tokens.
 import torch
 from torch import Tensor, nn
 
-from longlive.models.attention import AttentionFn, View, attend_views
+from longlive.models.attention import AttentionFn
 from longlive.models.dit import WanDiT
-from longlive.models.kv_cache import CacheConfig, sink_turns
+from longlive.models.kv_cache import CacheConfig
+from longlive.training.clip_pass import clip_attention
 
 
 class TeacherForced(nn.Module):
@@ -45,39 +46,24 @@ class TeacherForced(nn.Module):
             torch.cat([torch.full_like(timesteps, self.context_timestep), timesteps], dim=1),
             text,
             frames=torch.cat([frames, frames]),
-            attention=teacher_forcing(
-                num_frames,
-                self.frames_per_block,
-                self.cache,
-                self.attention,
-                self.model.config.head_dim,
-                noisy.device,
-            ),
+            attention=self._attention(num_frames, noisy.device),
         )
         return flow[:, num_frames:]
 
+    def _attention(self, num_frames: int, device: torch.device) -> AttentionFn:
+        """Attention over clean and noisy frames: both are clips from the first frame on, with the clean one as past."""
+        block, head_dim = self.frames_per_block, self.model.config.head_dim
+        attend_clip = clip_attention(0, num_frames, block, self.cache, self.attention, head_dim, device, sink_shift=0)
 
-def teacher_forcing(
-    num_frames: int,
-    frames_per_block: int,
-    cache: CacheConfig,
-    attention: AttentionFn,
-    head_dim: int,
-    device: torch.device,
-) -> AttentionFn:
-    """Attention over clean and noisy frames: a call for each block, on the keys it sees, and so without any mask."""
-    starts = range(0, num_frames, frames_per_block)
-    turns = sink_turns([start + frames_per_block for start in starts], 0, cache, head_dim, device)
-    views = []
-    for half in (0, num_frames):  # clean, noisy
-        for start, turn in zip(starts, turns, strict=True):
-            end = start + frames_per_block
-            num_sink, oldest = cache.past_seen(start, end)
-            own = range(half + start, half + end)
-            views.append(View(own, (range(num_sink), range(oldest, start), own), turn))
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            """q, k, v [B, H, T, D] -> [B, H, T, D]."""
+            halves = [x.chunk(2, dim=2) for x in (q, k, v)]
+            num_past = q.shape[2] // 2 // num_frames * (num_frames - block)
+            past_k, past_v = (clean[:, :, :num_past] for clean, _ in halves[1:])
+            outs = [
+                attend_clip(own_q, torch.cat([past_k, own_k], dim=2), torch.cat([past_v, own_v], dim=2))
+                for own_q, own_k, own_v in zip(*halves, strict=True)
+            ]
+            return torch.cat(outs, dim=2)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v [B, H, T, D] -> [B, H, T, D]."""
-        return attend_views(attention, q, k, v, views, q.shape[2] // (2 * num_frames))
-
-    return attend
+        return attend

@@ -34,16 +34,19 @@ class ShapesClips:
         num_video_frames: int = 81,
         split: str = TRAIN,
         device: torch.device | str = "cpu",
+        worn_share: float = 0.0,
     ) -> None:
-        """device: where clips are drawn and returned."""
+        """device: where clips are drawn and returned; worn_share: how much scenes are `worn`."""
         self._num_clips, self._seed, self._num_video_frames = num_clips, seed, num_video_frames
         self._split, self._device = split, device
+        self._worn_share = worn_share
 
     def __len__(self) -> int:
         return self._num_clips
 
     def scenes(self, items: Sequence[int]) -> list[Scene]:
-        return [scene_number(item, self._seed, self._split) for item in items]
+        scenes = [scene_number(item, self._seed, self._split) for item in items]
+        return [worn(scene, self._worn_share) for scene in scenes] if self._worn_share else scenes
 
     def prompts(self, items: Sequence[int]) -> list[str]:
         return [prompt_of(scene) for scene in self.scenes(items)]
@@ -55,11 +58,6 @@ class ShapesClips:
     def pixels(self, items: Sequence[int]) -> Tensor:
         """[B, num_video_frames, 3, HEIGHT, WIDTH] float32 in [-1, 1]."""
         return from_uint8(self.frames(items))
-
-    def worn_pixels(self, items: Sequence[int], share: float) -> Tensor:
-        """`pixels` of the scenes as they are when they are `worn` by this share."""
-        scenes = [worn(scene, share) for scene in self.scenes(items)]
-        return from_uint8(render(scenes, 0, self._num_video_frames, self._device))
 
 
 class ShapesSwitches:
