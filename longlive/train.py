@@ -33,10 +33,10 @@ from longlive.train_build import (
     make_trainer,
     optimizer_config,
     trainer_config,
-    world_batches,
 )
 from longlive.train_config import CAUSAL, TrainConfig, load_train_config
 from longlive.train_inputs import Inputs, read_base, read_inputs
+from longlive.train_world import world_batches
 from longlive.training.checkpoint import Checkpoints, check_identity, find_latest
 from longlive.training.clock import Clock
 from longlive.training.draw import Pictures, derived_seed
@@ -225,7 +225,7 @@ def pixel_clips(config: TrainConfig, device: torch.device) -> PixelSource:
         assert config.clips_path is not None
         return PixelClips(config.clips_path, config.height, config.width, num_video_frames, config.fps)
     clips = ShapesClips(config.num_scenes, config.seed, num_video_frames, device=device)
-    batches = world_batches(len(clips), num_video_frames, device)
+    batches = world_batches(range(len(clips)), num_video_frames, device)
     return PixelPool(torch.cat([clips.frames(numbers) for numbers in batches]))
 
 

@@ -7,27 +7,25 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
 from longlive.build import (
     choose_dtype,
     place_vae,
 )
-from longlive.data.clips import LatentPool, LatentSource
+from longlive.data.clips import LatentSource
 from longlive.data.order import Order
-from longlive.data.shapes.clips import ShapesClips
-from longlive.distributed import is_main
 from longlive.graphs import GraphedModule, GraphedPasses
 from longlive.inference.session import Models, SessionConfig
 from longlive.models.attention import select_attention
 from longlive.models.dit import WanDiT
 from longlive.models.kv_cache import CacheConfig
-from longlive.models.vae import RMSNorm, WanVAE
+from longlive.models.vae import RMSNorm
 from longlive.rollout import Sampler, SamplerConfig, SwitchPolicy
 from longlive.train_config import CAUSAL, DISTRIBUTION_MATCHING, TrainConfig
 from longlive.train_inputs import Inputs, latent_shape
 from longlive.train_samples import SampleVideos
+from longlive.train_world import encode_world
 from longlive.training.checkpoint import Checkpoints
 from longlive.training.clip_pass import ClipPass
 from longlive.training.clock import Clock
@@ -56,12 +54,6 @@ from longlive.training.stage import Stage
 from longlive.training.teacher_forcing import TeacherForced
 from longlive.training.trainer import EMAConfig, Network, OptimizerConfig, Trainer, TrainerConfig
 from longlive.weights.lora import Lora
-
-_UNHEALED = 0.75
-"""Of what is off in a worn past, how much is still off in the block after it."""
-WORLD_BATCH_FRAMES = {"cuda": 256 * 81, "cpu": 16 * 81}
-"""Video frames of scenes drawn or encoded at a time, of some 2 MB each: with fewer, a GPU's time goes into launching
-kernels."""
 
 
 def make_trainer(
@@ -221,7 +213,7 @@ def make_flow_matching(
     if config.stage == "causal_init":
         sampling = config.num_frame_per_block, float(config.context_noise)
         model = TeacherForced(generator, cache_config(config), *sampling, compute.attention)
-    clips: LatentSource = inputs.clips or encode_world(config, inputs, clock.device)
+    clips: LatentSource = inputs.clips or encode_world(config, inputs.vae, clock.device)
     common: dict[str, Any] = {
         "generator": graphed(model, config, group),
         "clips": clips,
@@ -238,42 +230,6 @@ def make_flow_matching(
     if config.stage == "pretrain":
         return Pretrain(**common)
     return CausalInit(**common, sampler=Sampler(sampler_config(config)))
-
-
-@torch.no_grad()
-def encode_world(config: TrainConfig, inputs: Inputs, device: torch.device) -> LatentPool:
-    """The latents of all scenes of a world, drawn and encoded on the device, where they stay.
-
-    With a worn past, bodies are off their place behind the sink in what the clean pass shows, and from a block later on
-    less in what is to be learnt: so blocks learn to follow the sink where it and the window do not agree.
-    """
-    prompts = [prompt for (prompt,) in inputs.prompts]
-
-    def encode(num_frames: int, share: float = 0.0) -> Tensor:
-        num_video_frames = 1 + inputs.vae.config.temporal_factor * (num_frames - 1)
-        scenes = ShapesClips(config.num_scenes, config.seed, num_video_frames, device=device, worn_share=share)
-        batches = world_batches(len(scenes), num_video_frames, device)
-        bar = tqdm(batches, "encoding scenes", disable=not is_main())
-        return torch.cat([encode_batch(inputs.vae, scenes.pixels(numbers)) for numbers in bar])
-
-    if not config.worn_past:
-        return LatentPool(prompts, encode(config.clip_frames))
-    num_true = config.worn_from_frame
-    start = num_true + config.num_frame_per_block
-    true, past, target = encode(start), encode(config.clip_frames, 1.0), encode(config.clip_frames, _UNHEALED)
-    past[:, :num_true], target[:, :start] = true[:, :num_true], true
-    return LatentPool(prompts, target, past)
-
-
-def encode_batch(vae: WanVAE, pixels: Tensor) -> Tensor:
-    """Means of the latents [B, F, C, h, w] float32 of pixels [B, V, 3, height, width] in [-1, 1]."""
-    return vae.normalized(vae.encode_distribution(pixels)[0]).float()
-
-
-def world_batches(num_scenes: int, num_video_frames: int, device: torch.device) -> list[range]:
-    """The numbers of scenes, parted into what is drawn or encoded at a time."""
-    size = max(1, WORLD_BATCH_FRAMES[device.type] // num_video_frames)
-    return [range(start, min(start + size, num_scenes)) for start in range(0, num_scenes, size)]
 
 
 def cache_config(config: TrainConfig) -> CacheConfig:

@@ -136,6 +136,9 @@ class TrainConfig(Section):
         "causal_init on a world: behind the sink the past shows bodies off their place, and blocks learn to bring them "
         "back by a part",
     )
+    switch_share: float = setting(
+        0.0, "causal_init on a world: share of the clips that go through a prompt switch", between(0, 1)
+    )
     negative_prompt: str = setting("", "what guidance leads away from")
     prompt_dropout: float = setting(0.1, "causal_init, pretrain: share of clips without prompt", between(0, 1))
     picture_share: float = setting(
@@ -288,13 +291,16 @@ class TrainConfig(Section):
             )
         if self.stage not in DISTRIBUTION_MATCHING and self.clips_path is None and self.world is None:
             raise InputError(f"clips_path is not given, and stage={self.stage} trains on clips")
-        if self.worn_past and (self.stage != "causal_init" or self.world is None or not model.sink_size):
+        is_on_world = self.stage == "causal_init" and self.world is not None
+        if self.worn_past and not (is_on_world and model.sink_size):
             raise InputError("worn_past=true: needs stage=causal_init, a world, and a sink")
+        if self.switch_share and not is_on_world:
+            raise InputError(f"switch_share={self.switch_share}: needs stage=causal_init and a world")
         shortest = self.worn_from_frame + 2 * block
-        if self.worn_past and self.clip_frames < shortest:
+        if (self.worn_past or self.switch_share) and self.clip_frames < shortest:
             raise InputError(
-                f"num_training_frames={self.clip_frames}: must hold the sink and two more blocks with worn_past=true, "
-                f"at least {shortest}"
+                f"num_training_frames={self.clip_frames}: must hold the sink and two more blocks with worn_past or "
+                f"switch_share, at least {shortest}"
             )
         if self.world is not None and self.clips_path is not None:
             raise InputError(f"world={self.world}, clips_path={self.clips_path}: there can be only one of them")

@@ -10,9 +10,10 @@ import torch
 from longlive import cli
 from longlive.config import ROOT
 from longlive.data.clips import LatentClips
-from longlive.train_build import encode_world
+from longlive.data.shapes.clips import ShapesSwitches
 from longlive.train_config import load_train_config
 from longlive.train_inputs import read_inputs
+from longlive.train_world import encode_world, switch_frames
 from longlive.training.metrics import read_metrics
 
 SMALL = (
@@ -103,8 +104,8 @@ def test_a_worn_past(runs: Path, tmp_path: Path) -> None:
     settings = (*SMALL, *start, "worn_past=true", f"logdir={tmp_path}")
     config = load_train_config(ROOT / "configs" / "shapes_causal_init.yaml", settings)
     inputs = read_inputs(config)
-    batch = encode_world(config, inputs, torch.device("cpu")).batch(range(4))
-    plain = encode_world(replace(config, worn_past=False), inputs, torch.device("cpu")).batch(range(4)).latents
+    batch = encode_world(config, inputs.vae, torch.device("cpu")).batch(range(4))
+    plain = encode_world(replace(config, worn_past=False), inputs.vae, torch.device("cpu")).batch(range(4)).latents
     assert batch.past is not None
     torch.testing.assert_close(batch.past[:, :3], plain[:, :3])
     torch.testing.assert_close(batch.latents[:, :6], plain[:, :6])
@@ -113,6 +114,32 @@ def test_a_worn_past(runs: Path, tmp_path: Path) -> None:
     between = (batch.latents[:, 6:] - batch.past[:, 6:]).norm()
     assert 0 < between < less < off
     assert train("causal_init", tmp_path, *start, "worn_past=true") == 0
+
+
+def test_clips_through_a_switch(runs: Path, tmp_path: Path) -> None:
+    """The scene before it, then that after it, which its prompt tells and which alone is to be learnt."""
+    start = (f"vae_ckpt={runs}/vae/vae.safetensors", f"init_logdir={runs}/teacher", "num_training_frames=12")
+    settings = (*SMALL, *start, "num_scenes=8", f"logdir={tmp_path}")
+    config = load_train_config(ROOT / "configs" / "shapes_causal_init.yaml", (*settings, "switch_share=0.5"))
+    vae = read_inputs(config).vae
+    frames = switch_frames(config)
+    order = sorted(range(8), key=lambda number: frames[number])  # those of one frame are encoded together
+    batch = encode_world(config, vae, torch.device("cpu")).batch(range(8))
+    plain = encode_world(replace(config, switch_share=0.0), vae, torch.device("cpu")).batch(order)
+    assert batch.past is not None
+    assert batch.learnt_from is not None
+    assert batch.learnt_from.tolist() == [frames[number] for number in order]
+    assert {0} < set(frames) <= {0, 6, 9}
+    torch.testing.assert_close(batch.past, batch.latents)
+    for row, number in enumerate(order):
+        frame = frames[number]
+        pairs = ShapesSwitches(8, config.seed, 1 + 4 * (frame - 1))
+        (prompts,) = pairs.prompts([number])
+        assert batch.prompts[row] == (prompts[1] if frame else plain.prompts[row])
+        same = frame or 12
+        torch.testing.assert_close(batch.latents[row, :same], plain.latents[row, :same])
+        assert same == 12 or not torch.allclose(batch.latents[row, same:], plain.latents[row, same:], atol=1e-3)
+    assert train("causal_init", tmp_path, *start, "switch_share=1.0", "worn_past=true") == 0
 
 
 def test_clips_for_regression_are_as_long_as_the_script_says() -> None:
@@ -126,7 +153,8 @@ def test_clips_for_regression_are_as_long_as_the_script_says() -> None:
     [
         ("teacher", ("worn_past=true",), "worn_past=true: needs stage=causal_init, a world, and a sink"),
         ("causal_init", ("worn_past=true", "model_kwargs.sink_size=0"), "worn_past=true: needs stage=causal_init, a"),
-        ("causal_init", ("worn_past=true", "model_kwargs.sink_size=2"), "worn_past=true, at least 9"),
+        ("causal_init", ("worn_past=true", "model_kwargs.sink_size=2"), "worn_past or switch_share, at least 9"),
+        ("train_init", ("switch_share=0.5",), "switch_share=0.5: needs stage=causal_init and a world"),
         ("teacher", (RELATIVE,), "use_infinite_attention=true: not available with stage=pretrain"),
         (
             "train_init",

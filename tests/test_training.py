@@ -217,7 +217,11 @@ def test_a_past_that_is_off_is_seen_and_not_learnt(tmp_path: Path) -> None:
         if draw_at(0).of("dropout").uniform(1, 1) < stage.config.prompt_dropout:
             text = stage.negative
         flow = stage.generator(noisy, past[[item]], timesteps.repeat_interleave(2, dim=1), text)
-    torch.testing.assert_close(loss, (flow - (noise - x0)).square().mean())
+        torch.testing.assert_close(loss, (flow - (noise - x0)).square().mean())
+        first = torch.full((len(PROMPTS),), 2)
+        stage.clips = LatentPool(clips.prompts, clips.latents, past, first)
+        later = stage.loss("generator", draw_at(0)).value
+    torch.testing.assert_close(later, (flow - (noise - x0))[:, 2:].square().sum() / flow.numel())
 
 
 # --- activations computed again ---------------------------------------------------------------------------------------

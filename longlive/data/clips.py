@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import av
 import numpy as np
@@ -45,13 +45,14 @@ class ClipBatch:
     """B clips, float32, on the source's device.
 
     latents [B, F, C, h, w]; trajectory [B, S, F, C, h, w]: a teacher's states on the way to them; past [B, F, C, h, w]:
-    what stands for them as a past that is somewhat off.
+    what stands for them as a past; learnt_from [B]: the first frame that is to be learnt.
     """
 
     prompts: list[str]
     latents: Tensor
     trajectory: Tensor | None = None
     past: Tensor | None = None
+    learnt_from: Tensor | None = None
 
 
 class LatentSource(Protocol):
@@ -101,9 +102,29 @@ def from_uint8(frames: Tensor) -> Tensor:
 class LatentPool:
     """Clips in memory, on any device: a `LatentSource`."""
 
-    def __init__(self, prompts: Sequence[str], latents: Tensor, past: Tensor | None = None) -> None:
-        """latents and past [N, F, C, h, w] float32."""
-        self._prompts, self._latents, self._past = prompts, latents, past
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        latents: Tensor,
+        past: Tensor | None = None,
+        learnt_from: Tensor | None = None,
+    ) -> None:
+        """latents and past [N, F, C, h, w] float32; learnt_from [N]."""
+        self._prompts, self._latents, self._past, self._learnt_from = prompts, latents, past, learnt_from
+
+    @classmethod
+    def joined(cls, pools: Sequence[Self]) -> Self:
+        """All clips of some pools, one after the other."""
+        prompts = [prompt for pool in pools for prompt in pool._prompts]
+        pasts = [pool._latents if pool._past is None else pool._past for pool in pools]
+        firsts = [
+            torch.zeros(len(pool), dtype=torch.long, device=pool._latents.device)
+            if pool._learnt_from is None
+            else pool._learnt_from
+            for pool in pools
+        ]
+        latents = [pool._latents for pool in pools]
+        return cls(prompts, torch.cat(latents), torch.cat(pasts), torch.cat(firsts))
 
     def __len__(self) -> int:
         return len(self._latents)
@@ -111,7 +132,8 @@ class LatentPool:
     def batch(self, items: Sequence[int]) -> ClipBatch:
         index = torch.tensor(items).to(self._latents.device, non_blocking=True)
         past = None if self._past is None else self._past[index]
-        return ClipBatch([self._prompts[item] for item in items], self._latents[index], past=past)
+        learnt_from = None if self._learnt_from is None else self._learnt_from[index]
+        return ClipBatch([self._prompts[item] for item in items], self._latents[index], None, past, learnt_from)
 
 
 class PixelPool:

@@ -72,6 +72,7 @@ class FlowMatching(Stage):
                 (batch.latents[:, :1] if is_pictures else batch.latents).to(draw.device),
                 batch.trajectory.to(draw.device) if self.is_causal and batch.trajectory is not None else None,
                 batch.past.to(draw.device) if self.is_causal and batch.past is not None else None,
+                batch.learnt_from.to(draw.device) if self.is_causal and batch.learnt_from is not None else None,
             )
             text = self.encode_prompts(batch.prompts)
             if clips.trajectory is None:  # where a guided one ends depends on its prompt: it cannot do without it
@@ -126,7 +127,7 @@ class CausalInit(FlowMatching):
             sigma = sigma.repeat_interleave(block, dim=1)[..., None, None, None]
             noise = draw.of("noise").normal(*x0.shape[1:])
             flow = self._flow(add_noise(x0, noise, sigma), past, timesteps, text)
-            return (flow.float() - (noise - x0)).square().mean(), timesteps
+            return _mean_square(flow.float() - (noise - x0), clips.learnt_from), timesteps
         steps = draw.of("timestep").integers(len(self.sampler.timesteps), x0.shape[1] // block)
         timesteps, sigma = (
             torch.tensor(values, device=draw.device)[steps] for values in (self.sampler.timesteps, self.sampler.sigmas)
@@ -141,3 +142,12 @@ class CausalInit(FlowMatching):
         """Teacher forcing; timesteps [B, blocks]."""
         frames = timesteps.repeat_interleave(self.sampler.config.frames_per_block, dim=1)
         return self.generator(noisy, clean, frames, text)
+
+
+def _mean_square(errors: Tensor, learnt_from: Tensor | None) -> Tensor:
+    """Of errors [B, F, ...], those of frames before `learnt_from` [B] taken as zero."""
+    squares = errors.square()
+    if learnt_from is not None:
+        is_learnt = torch.arange(errors.shape[1], device=errors.device) >= learnt_from[:, None]
+        squares = squares * is_learnt[..., None, None, None]
+    return squares.mean()

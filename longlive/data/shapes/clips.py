@@ -37,7 +37,7 @@ class ShapesClips:
         worn_share: float = 0.0,
     ) -> None:
         """device: where clips are drawn and returned; worn_share: how much scenes are `worn`."""
-        self._num_clips, self._seed, self._num_video_frames = num_clips, seed, num_video_frames
+        self._num_clips, self._seed, self.num_video_frames = num_clips, seed, num_video_frames
         self._split, self._device = split, device
         self._worn_share = worn_share
 
@@ -53,7 +53,7 @@ class ShapesClips:
 
     def frames(self, items: Sequence[int]) -> Tensor:
         """[B, num_video_frames, HEIGHT, WIDTH, 3] uint8."""
-        return render(self.scenes(items), 0, self._num_video_frames, self._device)
+        return render(self.scenes(items), 0, self.num_video_frames, self._device)
 
     def pixels(self, items: Sequence[int]) -> Tensor:
         """[B, num_video_frames, 3, HEIGHT, WIDTH] float32 in [-1, 1]."""
@@ -61,11 +61,22 @@ class ShapesClips:
 
 
 class ShapesSwitches:
-    """Pairs of scenes in which the second goes on from the first at a frame, with their prompts."""
+    """Pairs of scenes in which the second goes on from the first at a frame, with their prompts; and their clips from
+    the beginning through that frame: a `PixelSource`."""
 
-    def __init__(self, num_pairs: int, seed: int, switch_video_frame: int, split: str = TRAIN) -> None:
+    def __init__(
+        self,
+        num_pairs: int,
+        seed: int,
+        switch_video_frame: int,
+        split: str = TRAIN,
+        num_video_frames: int = 81,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """device: where clips are drawn and returned."""
         self._num_pairs, self._seed, self._split = num_pairs, seed, split
         self._switch_video_frame = switch_video_frame
+        self.num_video_frames, self._device = num_video_frames, device
 
     def __len__(self) -> int:
         return self._num_pairs
@@ -77,3 +88,10 @@ class ShapesSwitches:
 
     def prompts(self, items: Sequence[int]) -> list[tuple[str, str]]:
         return [(prompt_of(before), prompt_of(after)) for before, after in self.scenes(items)]
+
+    def pixels(self, items: Sequence[int]) -> Tensor:
+        """[B, num_video_frames, 3, HEIGHT, WIDTH] float32 in [-1, 1]."""
+        before, after = zip(*self.scenes(items), strict=True)
+        switch, end = self._switch_video_frame, self.num_video_frames
+        pieces = render(before, 0, switch, self._device), render(after, switch, end, self._device)
+        return from_uint8(torch.cat(pieces, dim=1))

@@ -1,0 +1,101 @@
+"""Scenes of a world as latents to train on: as they are, or with a past that does not agree with what is to be learnt.
+
+Teacher forcing shows a perfect past, in which the newest frames tell all that a block needs: nothing in it teaches a
+model to look to the sink, or to a prompt that has changed. So a past may be *worn*: behind the sink its bodies are off
+their place, and what is to be learnt brings them back by a part. And a clip may go through a *switch*: all of it has
+the prompt after the switch, as where the cache is recached, and what comes before is shown but not to be learnt.
+"""
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from longlive.data.clips import LatentPool
+from longlive.data.shapes.clips import ShapesClips, ShapesSwitches
+from longlive.distributed import is_main
+from longlive.models.vae import WanVAE
+from longlive.train_config import TrainConfig
+
+_UNHEALED = 0.75
+"""Of what is off in a worn past, how much is still off in the block after it."""
+_BATCH_FRAMES = {"cuda": 256 * 81, "cpu": 16 * 81}
+"""Video frames of scenes drawn or encoded at a time, of some 2 MB each: with fewer, a GPU's time goes into launching
+kernels."""
+
+
+def world_batches(numbers: Sequence[int], num_video_frames: int, device: torch.device) -> list[Sequence[int]]:
+    """The numbers of scenes, parted into what is drawn or encoded at a time."""
+    size = max(1, _BATCH_FRAMES[device.type] // num_video_frames)
+    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+
+
+def encode_world(config: TrainConfig, vae: WanVAE, device: torch.device) -> LatentPool:
+    """The latents of all scenes of a world, drawn and encoded on the device, where they stay."""
+    encoder = _Encoder(config, vae, device)
+    switches = switch_frames(config)
+    numbers = {frame: [number for number, switch in enumerate(switches) if switch == frame] for frame in set(switches)}
+    plain = encoder.worn if config.worn_past else encoder.plain
+    pools = [encoder.switched(numbers[frame], frame) if frame else plain(numbers[frame]) for frame in sorted(numbers)]
+    return pools[0] if len(pools) == 1 else LatentPool.joined(pools)
+
+
+def switch_frames(config: TrainConfig) -> list[int]:
+    """For every scene the latent frame at which it switches, the first of a block; 0: it does not."""
+    block = config.num_frame_per_block
+    frames = range(config.worn_from_frame + block, config.clip_frames - block + 1, block)
+    rng = random.Random(f"switches {config.seed}")
+    return [rng.choice(frames) if rng.random() < config.switch_share else 0 for _ in range(config.num_scenes)]
+
+
+def encode_batch(vae: WanVAE, pixels: Tensor) -> Tensor:
+    """Means of the latents [B, F, C, h, w] float32 of pixels [B, V, 3, height, width] in [-1, 1]."""
+    return vae.normalized(vae.encode_distribution(pixels)[0]).float()
+
+
+class _Encoder:
+    """Draws and encodes scenes by their numbers."""
+
+    def __init__(self, config: TrainConfig, vae: WanVAE, device: torch.device) -> None:
+        self._config, self._vae, self._device = config, vae, device
+
+    def plain(self, numbers: Sequence[int]) -> LatentPool:
+        """As they are."""
+        clips = self._scenes()
+        return LatentPool(clips.prompts(numbers), self._encode(clips, numbers))
+
+    def worn(self, numbers: Sequence[int]) -> LatentPool:
+        """Behind the sink bodies are off their place in the past, and from a block later on less in what is to be
+        learnt: so blocks learn to follow the sink where it and the window do not agree."""
+        num_true = self._config.worn_from_frame
+        start = num_true + self._config.num_frame_per_block
+        true = self._encode(self._scenes(num_frames=start), numbers)
+        past, target = (self._encode(self._scenes(worn_share=share), numbers) for share in (1.0, _UNHEALED))
+        past[:, :num_true], target[:, :start] = true[:, :num_true], true
+        return LatentPool(self._scenes().prompts(numbers), target, past)
+
+    def switched(self, numbers: Sequence[int], frame: int) -> LatentPool:
+        """Through a switch at this latent frame, which is the first to be learnt, with the prompts after it."""
+        config = self._config
+        at, end = self._video_frames(frame), self._video_frames(config.clip_frames)
+        clips = ShapesSwitches(config.num_scenes, config.seed, at, num_video_frames=end, device=self._device)
+        latents = self._encode(clips, numbers)
+        learnt_from = torch.full((len(numbers),), frame, device=self._device)
+        return LatentPool([after for _, after in clips.prompts(numbers)], latents, latents, learnt_from)
+
+    def _scenes(self, num_frames: int | None = None, worn_share: float = 0.0) -> ShapesClips:
+        config = self._config
+        end = self._video_frames(num_frames or config.clip_frames)
+        return ShapesClips(config.num_scenes, config.seed, end, device=self._device, worn_share=worn_share)
+
+    def _video_frames(self, num_frames: int) -> int:
+        """Those of so many latent ones from the first on."""
+        return 1 + self._vae.config.temporal_factor * (num_frames - 1)
+
+    @torch.no_grad()
+    def _encode(self, clips: ShapesClips | ShapesSwitches, numbers: Sequence[int]) -> Tensor:
+        batches = world_batches(numbers, clips.num_video_frames, self._device)
+        bar = tqdm(batches, "encoding scenes", disable=not is_main())
+        return torch.cat([encode_batch(self._vae, clips.pixels(batch)) for batch in bar])
