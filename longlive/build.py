@@ -17,6 +17,7 @@ from longlive.builtin import (
     BUILTIN_GENERATOR,
     BUILTIN_HEIGHT_PX,
     BUILTIN_MODEL_KWARGS,
+    BUILTIN_STEPS,
     BUILTIN_VAE,
     BUILTIN_WIDTH_PX,
     builtin_encoder,
@@ -148,6 +149,8 @@ def choose_model(config: InferenceConfig, explicit: frozenset[str]) -> Inference
             and getattr(chosen.model_kwargs, key) == getattr(shipped.model_kwargs, key)
         }
         chosen = replace(chosen, model_kwargs=replace(chosen.model_kwargs, **own))
+        if "denoising_step_list" not in explicit and chosen.denoising_step_list == shipped.denoising_step_list:
+            chosen = replace(chosen, denoising_step_list=BUILTIN_STEPS)
     return chosen
 
 

@@ -19,10 +19,8 @@ BUILTIN = "tiny"
 FOLDER = Path(__file__).parent / "shapes_model"
 BUILTIN_GENERATOR, BUILTIN_VAE = FOLDER / "generator.safetensors", FOLDER / "vae.safetensors"
 BUILTIN_HEIGHT_PX, BUILTIN_WIDTH_PX = HEIGHT, WIDTH
-BUILTIN_MODEL_KWARGS = {
-    "timestep_shift": 15.0,  # as in configs/shapes_train_long.yaml
-    "use_infinite_attention": True,  # beyond the length of its training: docs/SHAPES.md
-}
+BUILTIN_STEPS = (1000, 400, 200, 80)  # as in configs/shapes_train_long.yaml, like all of these
+BUILTIN_MODEL_KWARGS = {"timestep_shift": 15.0, "use_infinite_attention": True}
 
 TEXT = TextEncoderConfig(
     vocab_size=128, dim=192, dim_attn=160, dim_ffn=256, num_heads=10, num_layers=1, text_len=32, max_distance=32

@@ -8,6 +8,7 @@ the prompt after the switch, as where the cache is recached, and what comes befo
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,11 +35,15 @@ def world_batches(numbers: Sequence[int], num_video_frames: int, device: torch.d
 
 def encode_world(config: TrainConfig, vae: WanVAE, device: torch.device) -> LatentPool:
     """The latents of all scenes of a world, drawn and encoded on the device, where they stay."""
-    encoder = _Encoder(config, vae, device)
     switches = switch_frames(config)
     numbers = {frame: [number for number, switch in enumerate(switches) if switch == frame] for frame in set(switches)}
-    plain = encoder.worn if config.worn_past else encoder.plain
-    pools = [encoder.switched(numbers[frame], frame) if frame else plain(numbers[frame]) for frame in sorted(numbers)]
+    with tqdm(desc="encoding scenes", unit=" clips", disable=not is_main()) as bar:
+        encoder = _Encoder(config, vae, device, bar)
+        unswitched = encoder.worn if config.worn_past else encoder.plain
+        pools = [
+            encoder.switched(numbers[frame], frame) if frame else unswitched(numbers[frame])
+            for frame in sorted(numbers)
+        ]
     return pools[0] if len(pools) == 1 else LatentPool.joined(pools)
 
 
@@ -58,8 +63,9 @@ def encode_batch(vae: WanVAE, pixels: Tensor) -> Tensor:
 class _Encoder:
     """Draws and encodes scenes by their numbers."""
 
-    def __init__(self, config: TrainConfig, vae: WanVAE, device: torch.device) -> None:
-        self._config, self._vae, self._device = config, vae, device
+    def __init__(self, config: TrainConfig, vae: WanVAE, device: torch.device, bar: "tqdm[Any]") -> None:
+        """bar: counts the clips."""
+        self._config, self._vae, self._device, self._bar = config, vae, device, bar
 
     def plain(self, numbers: Sequence[int]) -> LatentPool:
         """As they are."""
@@ -96,6 +102,8 @@ class _Encoder:
 
     @torch.no_grad()
     def _encode(self, clips: ShapesClips | ShapesSwitches, numbers: Sequence[int]) -> Tensor:
-        batches = world_batches(numbers, clips.num_video_frames, self._device)
-        bar = tqdm(batches, "encoding scenes", disable=not is_main())
-        return torch.cat([encode_batch(self._vae, clips.pixels(batch)) for batch in bar])
+        latents = []
+        for batch in world_batches(numbers, clips.num_video_frames, self._device):
+            latents.append(encode_batch(self._vae, clips.pixels(batch)))
+            self._bar.update(len(batch))
+        return torch.cat(latents)

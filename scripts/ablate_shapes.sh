@@ -9,7 +9,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 runs="$(realpath -m "${1:?usage: bash scripts/ablate_shapes.sh FOLDER [NAME ...]}")"
-all=(base stage_1 no_sink sink_6 window_6 window_9 window_21 no_switch lora_8 lora_64 absolute relative_later sink_unused)
+all=(base stage_1 no_sink sink_unused sink_6 window_6 window_9 window_21 no_switch lora_8 lora_64)
+all+=(never_switched plain_past absolute relative_later)
 names=("${@:2}")
 ((${#names[@]})) || names=("${all[@]}")
 for name in "${names[@]}"; do
@@ -39,8 +40,11 @@ both() { # name, settings
     train_init "$@"
     train_long "$1" "$@"
 }
+causal_init() { # name, settings
+    train causal_init "$1" "$runs/teacher" "${@:2}"
+}
 absolute() { # positions within the video in all stages, and clips no longer than the teacher's
-    train causal_init absolute "$runs/teacher" num_training_frames=21 num_scenes=32768 batch_size=32 "$within_video"
+    causal_init absolute num_training_frames=21 num_scenes=16384 batch_size=32 "$within_video"
     causal="$out/absolute/causal_init" both absolute "$within_video"
 }
 evaluate() { # name, folder of the run, settings
@@ -59,9 +63,18 @@ for name in "${names[@]}"; do
         sink_6) both sink_6 model_kwargs.sink_size=6 model_kwargs.local_attn_size=15 ;; # and the same past as ever
         window_*) both "$name" model_kwargs.local_attn_size="${name#window_}" ;;
         no_switch) train_init base && train_long no_switch base switch_mode=none ;;
+        never_switched) # in no stage
+            causal_init never_switched switch_share=0
+            causal="$out/never_switched/causal_init" train_init never_switched
+            train_long never_switched never_switched switch_mode=none
+            ;;
+        plain_past) # teacher forcing with a past that is never off
+            causal_init plain_past worn_past=false
+            causal="$out/plain_past/causal_init" both plain_past
+            ;;
         lora_*) # of the rank in the name
             train_init base
-            train_long "$name" base adapter.type=lora adapter.rank="${name#lora_}" adapter.alpha="${name#lora_}" lr=4.0e-4
+            train_long "$name" base adapter.type=lora adapter.rank="${name#lora_}" adapter.alpha="${name#lora_}" lr=1.6e-4
             ;;
         stage_1) train_init base && folder="$out/base/train_init" ;; # before streaming
         absolute) absolute ;; # positions within the video, not the window

@@ -34,7 +34,7 @@ train teacher "$vae"
 if [[ ${CAUSAL_INIT:-teacher_forcing} == ode ]]; then
     "$python" -m longlive clips --config_path configs/shapes_clips.yaml "$vae" real_ckpt="$teacher" output_folder="$runs/clips"
     train causal_init "$vae" init_logdir="$runs/teacher" world=null clips_path="$runs/clips/clips.jsonl" \
-        num_training_frames=21 batch_size=32 # as long as the teacher's
+        num_training_frames=21 batch_size=32 worn_past=false switch_share=0 # as long as the teacher's
 else
     train causal_init "$vae" init_logdir="$runs/teacher"
 fi

@@ -16,7 +16,17 @@ LAYERS = (
     ("rollout", "graphs", "quantize", "weights", "data"),
     ("inference", "training"),
     (
-        *("builtin", "config", "build", "train_config", "train_inputs", "train_build", "train_samples", "train"),
+        *(
+            "builtin",
+            "config",
+            "build",
+            "train_config",
+            "train_inputs",
+            "train_world",
+            "train_build",
+            "train_samples",
+            "train",
+        ),
         *("clips_config", "make_clips"),
     ),
     ("eval", "web"),

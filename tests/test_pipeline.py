@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longlive import cli
 from longlive.build import choose_model, shorten
-from longlive.builtin import BUILTIN_MODEL_KWARGS
+from longlive.builtin import BUILTIN_MODEL_KWARGS, BUILTIN_STEPS
 from longlive.config import ROOT, InferenceConfig, load_config
 from longlive.data.prompts import Script
 from longlive.inference.pipeline import (
@@ -240,6 +240,7 @@ def test_built_in_model_stands_in_for_weights_that_are_not_there(
         assert (chosen.inference_iter == 1) == ("first video" in caplog.text) == is_short
         assert chosen.num_output_frames == 81
         assert {key: getattr(chosen.model_kwargs, key) for key in BUILTIN_MODEL_KWARGS} == BUILTIN_MODEL_KWARGS
+        assert chosen.denoising_step_list == BUILTIN_STEPS
     for typed in ("num_output_frames=120", "num_frame_per_block=5"):
         asked, explicit = load_config(InferenceConfig, ROOT / "configs/longlive_inference.yaml", [typed])
         assert shorten(choose_model(asked, explicit), asked, explicit).num_output_frames == 120
@@ -247,6 +248,9 @@ def test_built_in_model_stands_in_for_weights_that_are_not_there(
         InferenceConfig, ROOT / "configs/longlive_inference.yaml", ["model_kwargs.timestep_shift=5"]
     )
     assert choose_model(asked, explicit).model_kwargs.timestep_shift == 5
+    typed_steps = ["denoising_step_list=[1000,750,500,250]"]  # the shipped ones, but asked for
+    asked, explicit = load_config(InferenceConfig, ROOT / "configs/longlive_inference.yaml", typed_steps)
+    assert choose_model(asked, explicit).denoising_step_list == (1000, 750, 500, 250)
     assert shorten(asked, asked, frozenset()) is asked
 
 

@@ -275,12 +275,16 @@ def test_clips_of_worn_scenes() -> None:
     assert torch.equal(half.pixels(range(4)), from_uint8(render(some, 0, 9)))
 
 
-def test_switch_pairs_have_prompts_of_their_scenes() -> None:
+def test_switch_pairs_have_prompts_and_clips_of_their_scenes() -> None:
     pairs = ShapesSwitches(5, seed=0, switch_video_frame=81)
     assert len(pairs) == 5
     for (before, after), (scene, next_scene) in zip(pairs.prompts([0, 3]), pairs.scenes([0, 3]), strict=True):
         assert (parse(before), parse(after)) == (scene.caption, next_scene.caption)
         assert scene.caption != next_scene.caption
+    clips = ShapesSwitches(5, seed=0, switch_video_frame=9, num_video_frames=13)
+    ((before, after),) = clips.scenes([3])
+    expected = from_uint8(torch.cat([render([before], 0, 9), render([after], 9, 13)], dim=1))
+    assert torch.equal(clips.pixels([3]), expected)
     assert pairs.prompts([3]) == ShapesSwitches(9, seed=0, switch_video_frame=81).prompts([3])
     assert pairs.prompts([3]) != ShapesSwitches(5, seed=0, switch_video_frame=81, split=HELD_OUT).prompts([3])
 
