@@ -131,10 +131,12 @@ def read_data(config: TrainConfig) -> tuple[list[tuple[str, ...]], LatentClips |
 
 
 def world_prompts(config: TrainConfig) -> list[tuple[str, ...]]:
-    """The prompts of all scenes of a world, in pairs where they switch."""
+    """The prompts of all scenes of a world, in pairs where they, or some of them, switch."""
     items = range(config.num_scenes)
-    if config.stage == "streaming" and config.has_switch:
+    is_streamed = config.stage == "streaming" and config.has_switch
+    if is_streamed:
         config.switch_frames()
+    if is_streamed or config.switch_share:
         return list(ShapesSwitches(config.num_scenes, config.seed, switch_video_frame=0).prompts(items))
     return [(prompt,) for prompt in ShapesClips(config.num_scenes, config.seed).prompts(items)]
 

@@ -123,8 +123,8 @@ def test_clips_through_a_switch(runs: Path, tmp_path: Path) -> None:
     start = (f"vae_ckpt={runs}/vae/vae.safetensors", f"init_logdir={runs}/teacher", "num_training_frames=12")
     settings = (*SMALL, *start, "num_scenes=8", "worn_past=false", f"logdir={tmp_path}")
     config = load_train_config(ROOT / "configs" / "shapes_causal_init.yaml", (*settings, "switch_share=0.5"))
-    vae = read_inputs(config).vae
-    frames = switch_frames(config)
+    inputs = read_inputs(config)
+    vae, frames = inputs.vae, switch_frames(config)
     order = sorted(range(8), key=lambda number: frames[number])  # those of one frame are encoded together
     batch = encode_world(config, vae, torch.device("cpu")).batch(range(8))
     plain = encode_world(replace(config, switch_share=0.0), vae, torch.device("cpu")).batch(order)
@@ -132,6 +132,7 @@ def test_clips_through_a_switch(runs: Path, tmp_path: Path) -> None:
     assert batch.learnt_from is not None
     assert batch.learnt_from.tolist() == [frames[number] for number in order]
     assert {0} < set(frames) <= {0, 6, 9}
+    assert {*batch.prompts} <= {prompt for prompts in inputs.prompts for prompt in prompts}, "which are encoded before"
     torch.testing.assert_close(batch.past, batch.latents)
     for row, number in enumerate(order):
         frame = frames[number]
