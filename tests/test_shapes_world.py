@@ -315,6 +315,8 @@ def test_wordings_vary() -> None:
     [
         ("A big red stair moves left on a white background.", "'stair' is unknown, nearest is star"),
         ("A big red star moves left on a white background, cinematic.", "'cinematic' is unknown"),
+        ("A big red star glides to the left on white.", "'glides to' is unknown, nearest is glides left or"),
+        ("A big red star stays still on white.", "'stays still' is unknown, nearest is stands still or stays in place"),
         ("A red fox in the snow.", "shape 1 has no shape, no size, no motion"),
         ("A big red star moves left.", "one background is needed, black, grey, white or sand, not none"),
         ("A big red star moves left on a white background on black.", "not white and black"),

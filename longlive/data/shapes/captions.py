@@ -101,17 +101,20 @@ def understand(prompt: str) -> tuple[Caption | None, list[str]]:
     """What a prompt says, or None and what is unknown, missing or impossible about it."""
     reader = _Reader()
     words = _words(prompt)
+    unknown: list[str] = []  # words one after the other that are in no phrase
     while words:
-        for length in range(min(_LONGEST_PHRASE, len(words)), 0, -1):
-            found = _PHRASES.get(tuple(words[:length]))
-            if found:
-                reader.take(*found)
-                break
-        else:
-            length = 1
-            if words[0] not in _FILLERS:
-                reader.problems.append(_unknown(words[0]))
-        words = words[length:]
+        lengths = range(min(_LONGEST_PHRASE, len(words)), 0, -1)
+        length = next((length for length in lengths if tuple(words[:length]) in _PHRASES), 0)
+        if not length and words[0] not in _FILLERS:
+            unknown.append(words[0])
+        elif unknown:
+            reader.problems.append(_unknown(unknown))
+            unknown = []
+        if length:
+            reader.take(*_PHRASES[tuple(words[:length])])
+        words = words[length or 1 :]
+    if unknown:
+        reader.problems.append(_unknown(unknown))
     return reader.result()
 
 
@@ -147,10 +150,10 @@ class _Reader:
         return (None if problems else caption), problems
 
 
-def _unknown(word: str) -> str:
-    known = sorted(_VOCABULARY.keys() - _FILLERS)
-    nearest = difflib.get_close_matches(word, known, n=2, cutoff=0.5)
-    return f"'{word}' is unknown" + (f", nearest is {' or '.join(nearest)}" if nearest else "")
+def _unknown(words: list[str]) -> str:
+    said, known = " ".join(words), sorted(map(" ".join, _PHRASES))
+    nearest = difflib.get_close_matches(said, known, n=2, cutoff=0.5)
+    return f"'{said}' is unknown" + (f", nearest is {' or '.join(nearest)}" if nearest else "")
 
 
 def _choices(names: Iterable[str]) -> str:
