@@ -5,6 +5,7 @@ Layer 4. What a user may have got wrong is checked before the first weight is re
 
 import logging
 import platform
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,24 +135,27 @@ def choose_model(config: InferenceConfig, explicit: frozenset[str]) -> Inference
             wanted[0],
         )
     shipped = InferenceConfig()
-    changes: dict[str, Any] = {
-        k: v for k, v in small.items() if k not in explicit and getattr(config, k) == getattr(shipped, k)
-    }
+    changes = where_unset(small, config, shipped, explicit)
     if config.data_path in BUILTIN_EXAMPLES and "data_path" not in explicit:
         changes["data_path"] = BUILTIN_EXAMPLES[config.data_path]
     changes |= {k: None for k in ("generator_ckpt", "lora_ckpt") if getattr(config, k) == PUBLISHED_WEIGHTS[k]}
     chosen = replace(config, model_name=BUILTIN, **changes)
     if chosen.generator_ckpt is None:
-        own: dict[str, Any] = {
-            key: value
-            for key, value in BUILTIN_MODEL_KWARGS.items()
-            if f"model_kwargs.{key}" not in explicit
-            and getattr(chosen.model_kwargs, key) == getattr(shipped.model_kwargs, key)
-        }
-        chosen = replace(chosen, model_kwargs=replace(chosen.model_kwargs, **own))
-        if "denoising_step_list" not in explicit and chosen.denoising_step_list == shipped.denoising_step_list:
-            chosen = replace(chosen, denoising_step_list=BUILTIN_STEPS)
+        own = where_unset(BUILTIN_MODEL_KWARGS, chosen.model_kwargs, shipped.model_kwargs, explicit, "model_kwargs.")
+        steps = where_unset({"denoising_step_list": BUILTIN_STEPS}, chosen, shipped, explicit)
+        chosen = replace(chosen, model_kwargs=replace(chosen.model_kwargs, **own), **steps)
     return chosen
+
+
+def where_unset(
+    values: Mapping[str, Any], settings: object, shipped: object, explicit: frozenset[str], prefix: str = ""
+) -> dict[str, Any]:
+    """Those of `values` whose settings were not typed (prefix + key) and are still the shipped ones."""
+    return {
+        key: value
+        for key, value in values.items()
+        if prefix + key not in explicit and getattr(settings, key) == getattr(shipped, key)
+    }
 
 
 def shorten(chosen: InferenceConfig, asked: InferenceConfig, explicit: frozenset[str]) -> InferenceConfig:

@@ -88,7 +88,8 @@ def make_trainer(
         session = SessionConfig(
             config.height, config.width, sampler_config(config), cache_config(config), switch_policy(config)
         )
-        sample = SampleVideos(config, session, models, networks["generator"], lora_scale(config), inputs.prompts, group)
+        prompts = inputs.prompts if config.stage == "streaming" else [texts[:1] for texts in inputs.prompts]
+        sample = SampleVideos(config, session, models, networks["generator"], lora_scale(config), prompts, group)
     return Trainer(
         stage, networks, trainer_config(config, group), group, checkpoints, metrics=None, clock=clock, sample=sample
     )

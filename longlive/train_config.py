@@ -137,7 +137,10 @@ class TrainConfig(Section):
         "back by a part",
     )
     switch_share: float = setting(
-        0.0, "causal_init on a world: share of the clips that go through a prompt switch", between(0, 1)
+        0.0,
+        "causal_init on a world: share of the clips that go through a prompt switch; they have the prompt after it, "
+        "are learnt from there on, and are not worn",
+        between(0, 1),
     )
     negative_prompt: str = setting("", "what guidance leads away from")
     prompt_dropout: float = setting(0.1, "causal_init, pretrain: share of clips without prompt", between(0, 1))
@@ -296,7 +299,7 @@ class TrainConfig(Section):
             raise InputError("worn_past=true: needs stage=causal_init, a world, and a sink")
         if self.switch_share and not is_on_world:
             raise InputError(f"switch_share={self.switch_share}: needs stage=causal_init and a world")
-        shortest = self.worn_from_frame + 2 * block
+        shortest = self.first_frame_behind_sink + 2 * block
         if (self.worn_past or self.switch_share) and self.clip_frames < shortest:
             raise InputError(
                 f"num_training_frames={self.clip_frames}: must hold the sink and two more blocks with worn_past or "
@@ -325,8 +328,8 @@ class TrainConfig(Section):
         return self.streaming_chunk_size if self.stage == "streaming" else self.num_training_frames
 
     @property
-    def worn_from_frame(self) -> int:
-        """The first latent frame of a worn past: the first of a block behind the sink."""
+    def first_frame_behind_sink(self) -> int:
+        """The first latent frame of the first block behind the sink."""
         block = self.num_frame_per_block
         return -(-self.model_kwargs.sink_size // block) * block
 

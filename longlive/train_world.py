@@ -1,4 +1,4 @@
-"""Scenes of a world as latents to train on: as they are, or with a past that does not agree with what is to be learnt.
+"""Scenes of a world as latents to train on, with a past that may not agree with what is to be learnt. Layer 4.
 
 Teacher forcing shows a perfect past, in which the newest frames tell all that a block needs: nothing in it teaches a
 model to look to the sink, or to a prompt that has changed. So a past may be *worn*: behind the sink its bodies are off
@@ -8,17 +8,17 @@ the prompt after the switch, as where the cache is recached, and what comes befo
 
 import random
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from longlive.data.clips import LatentPool
+from longlive.data.clips import LatentPool, PixelSource
 from longlive.data.shapes.clips import ShapesClips, ShapesSwitches
 from longlive.distributed import is_main
 from longlive.models.vae import WanVAE
 from longlive.train_config import TrainConfig
+from longlive.train_inputs import latent_shape
 
 _UNHEALED = 0.75
 """Of what is off in a worn past, how much is still off in the block after it."""
@@ -34,23 +34,35 @@ def world_batches(numbers: Sequence[int], num_video_frames: int, device: torch.d
 
 
 def encode_world(config: TrainConfig, vae: WanVAE, device: torch.device) -> LatentPool:
-    """The latents of all scenes of a world, drawn and encoded on the device, where they stay."""
+    """The latents of all scenes of a world, drawn and encoded on the device, where they stay.
+
+    Scenes that switch are not worn.
+    """
     switches = switch_frames(config)
-    numbers = {frame: [number for number, switch in enumerate(switches) if switch == frame] for frame in set(switches)}
-    with tqdm(desc="encoding scenes", unit=" clips", disable=not is_main()) as bar:
-        encoder = _Encoder(config, vae, device, bar)
-        unswitched = encoder.worn if config.worn_past else encoder.plain
-        pools = [
-            encoder.switched(numbers[frame], frame) if frame else unswitched(numbers[frame])
-            for frame in sorted(numbers)
-        ]
-    return pools[0] if len(pools) == 1 else LatentPool.joined(pools)
+    switching = [number for number, frame in enumerate(switches) if frame]
+    prompts = ShapesClips(config.num_scenes, config.seed).prompts(range(config.num_scenes))
+    pairs = ShapesSwitches(config.num_scenes, config.seed, switch_video_frame=0).prompts(switching)
+    for number, (_, after) in zip(switching, pairs, strict=True):
+        prompts[number] = after
+    latents = torch.empty(config.num_scenes, config.clip_frames, *latent_shape(config, vae), device=device)
+    past = torch.empty_like(latents) if config.worn_past else None
+    encoder = _Encoder(config, vae, device)
+    unswitched = encoder.worn if config.worn_past else encoder.plain
+    with tqdm(total=config.num_scenes, desc="encoding scenes", unit=" scenes", disable=not is_main()) as bar:
+        for frame in sorted(set(switches)):
+            numbers = [number for number, switch in enumerate(switches) if switch == frame]
+            for batch in world_batches(numbers, encoder.num_video_frames, device):
+                shown, latents[batch] = encoder.switched(batch, frame) if frame else unswitched(batch)
+                if past is not None:
+                    past[batch] = shown
+                bar.update(len(batch))
+    return LatentPool(prompts, latents, past, torch.tensor(switches, device=device) if switching else None)
 
 
 def switch_frames(config: TrainConfig) -> list[int]:
     """For every scene the latent frame at which it switches, the first of a block; 0: it does not."""
     block = config.num_frame_per_block
-    frames = range(config.worn_from_frame + block, config.clip_frames - block + 1, block)
+    frames = range(config.first_frame_behind_sink + block, config.clip_frames - block + 1, block)
     rng = random.Random(f"switches {config.seed}")
     return [rng.choice(frames) if rng.random() < config.switch_share else 0 for _ in range(config.num_scenes)]
 
@@ -61,35 +73,35 @@ def encode_batch(vae: WanVAE, pixels: Tensor) -> Tensor:
 
 
 class _Encoder:
-    """Draws and encodes scenes by their numbers."""
+    """Draws and encodes scenes by their numbers: the past that is shown, and what is to be learnt, [N, F, C, h, w]."""
 
-    def __init__(self, config: TrainConfig, vae: WanVAE, device: torch.device, bar: "tqdm[Any]") -> None:
-        """bar: counts the clips."""
-        self._config, self._vae, self._device, self._bar = config, vae, device, bar
+    def __init__(self, config: TrainConfig, vae: WanVAE, device: torch.device) -> None:
+        self._config, self._vae, self._device = config, vae, device
+        self.num_video_frames = self._video_frames(config.clip_frames)
 
-    def plain(self, numbers: Sequence[int]) -> LatentPool:
+    def plain(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
         """As they are."""
-        clips = self._scenes()
-        return LatentPool(clips.prompts(numbers), self._encode(clips, numbers))
+        latents = self._encode(self._scenes(), numbers)
+        return latents, latents
 
-    def worn(self, numbers: Sequence[int]) -> LatentPool:
+    def worn(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Behind the sink bodies are off their place in the past, and from a block later on less in what is to be
         learnt: so blocks learn to follow the sink where it and the window do not agree."""
-        num_true = self._config.worn_from_frame
+        num_true = self._config.first_frame_behind_sink
         start = num_true + self._config.num_frame_per_block
         true = self._encode(self._scenes(num_frames=start), numbers)
         past, target = (self._encode(self._scenes(worn_share=share), numbers) for share in (1.0, _UNHEALED))
         past[:, :num_true], target[:, :start] = true[:, :num_true], true
-        return LatentPool(self._scenes().prompts(numbers), target, past)
+        return past, target
 
-    def switched(self, numbers: Sequence[int], frame: int) -> LatentPool:
-        """Through a switch at this latent frame, which is the first to be learnt, with the prompts after it."""
-        config = self._config
-        at, end = self._video_frames(frame), self._video_frames(config.clip_frames)
-        clips = ShapesSwitches(config.num_scenes, config.seed, at, num_video_frames=end, device=self._device)
+    def switched(self, numbers: Sequence[int], frame: int) -> tuple[Tensor, Tensor]:
+        """Through a switch at this latent frame, from which on they are to be learnt."""
+        config, at = self._config, self._video_frames(frame)
+        clips = ShapesSwitches(
+            config.num_scenes, config.seed, at, num_video_frames=self.num_video_frames, device=self._device
+        )
         latents = self._encode(clips, numbers)
-        learnt_from = torch.full((len(numbers),), frame, device=self._device)
-        return LatentPool([after for _, after in clips.prompts(numbers)], latents, latents, learnt_from)
+        return latents, latents
 
     def _scenes(self, num_frames: int | None = None, worn_share: float = 0.0) -> ShapesClips:
         config = self._config
@@ -101,9 +113,5 @@ class _Encoder:
         return 1 + self._vae.config.temporal_factor * (num_frames - 1)
 
     @torch.no_grad()
-    def _encode(self, clips: ShapesClips | ShapesSwitches, numbers: Sequence[int]) -> Tensor:
-        latents = []
-        for batch in world_batches(numbers, clips.num_video_frames, self._device):
-            latents.append(encode_batch(self._vae, clips.pixels(batch)))
-            self._bar.update(len(batch))
-        return torch.cat(latents)
+    def _encode(self, clips: PixelSource, numbers: Sequence[int]) -> Tensor:
+        return encode_batch(self._vae, clips.pixels(numbers))

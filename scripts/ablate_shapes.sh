@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What the parts of the method are worth in the Shapes world: students that differ in one thing, with a third of the
-# steps, from the teacher and causal model of train_shapes.sh; then what each of them makes of held-out scenes.
+# What the parts of the method are worth in the Shapes world: students that differ in one thing, with fewer steps than
+# those of train_shapes.sh, from its teacher and causal model; then what each of them makes of held-out scenes.
 #
 #   bash scripts/ablate_shapes.sh FOLDER [NAME ...]     FOLDER of train_shapes.sh; NAMEs: default all, one after another
 #   ABLATE_SETTINGS="device=cpu …" EVALUATE_SETTINGS="…"  more settings of every stage, of every evaluation
@@ -40,8 +40,10 @@ both() { # name, settings
     train_init "$@"
     train_long "$1" "$@"
 }
-causal_init() { # name, settings
-    train causal_init "$1" "$runs/teacher" "${@:2}"
+causal_init() { # name, settings; with the seed of the causal model of all others
+    local seed
+    seed="$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["seed"])' "$runs/causal_init/train_config.json")"
+    train causal_init "$1" "$runs/teacher" seed="$seed" "${@:2}"
 }
 absolute() { # positions within the video in all stages, and clips no longer than the teacher's
     causal_init absolute num_training_frames=21 num_scenes=16384 batch_size=32 "$within_video"
@@ -62,8 +64,10 @@ for name in "${names[@]}"; do
         no_sink) both no_sink model_kwargs.sink_size=0 ;;
         sink_6) both sink_6 model_kwargs.sink_size=6 model_kwargs.local_attn_size=15 ;; # and the same past as ever
         window_*) both "$name" model_kwargs.local_attn_size="${name#window_}" ;;
-        no_switch) train_init base && train_long no_switch base switch_mode=none ;;
-        never_switched) # in no stage
+        no_switch) # in streaming
+            train_init base && train_long no_switch base switch_mode=none
+            ;;
+        never_switched) # in teacher forcing neither
             causal_init never_switched switch_share=0
             causal="$out/never_switched/causal_init" train_init never_switched
             train_long never_switched never_switched switch_mode=none

@@ -32,9 +32,13 @@ teacher="$runs/teacher/generator.safetensors"
 train vae
 train teacher "$vae"
 if [[ ${CAUSAL_INIT:-teacher_forcing} == ode ]]; then
-    "$python" -m longlive clips --config_path configs/shapes_clips.yaml "$vae" real_ckpt="$teacher" output_folder="$runs/clips"
+    common=() # the settings that making clips knows too
+    for setting in "${settings[@]}"; do [[ $setting == @(seed|device)=* ]] && common+=("$setting"); done
+    "$python" -m longlive clips --config_path configs/shapes_clips.yaml "$vae" real_ckpt="$teacher" \
+        output_folder="$runs/clips" "${common[@]}"
+    # clips as long as the teacher's, without what only scenes can show
     train causal_init "$vae" init_logdir="$runs/teacher" world=null clips_path="$runs/clips/clips.jsonl" \
-        num_training_frames=21 batch_size=32 worn_past=false switch_share=0 # as long as the teacher's
+        num_training_frames=21 batch_size=32 worn_past=false switch_share=0
 else
     train causal_init "$vae" init_logdir="$runs/teacher"
 fi

@@ -2,12 +2,15 @@
 
 import re
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from longlive import cli
+from longlive.builtin import BUILTIN_MODEL_KWARGS, BUILTIN_STEPS
 from longlive.config import ROOT
 from longlive.data.clips import LatentClips
 from longlive.data.shapes.clips import ShapesSwitches
@@ -125,24 +128,24 @@ def test_clips_through_a_switch(runs: Path, tmp_path: Path) -> None:
     config = load_train_config(ROOT / "configs" / "shapes_causal_init.yaml", (*settings, "switch_share=0.5"))
     inputs = read_inputs(config)
     vae, frames = inputs.vae, switch_frames(config)
-    order = sorted(range(8), key=lambda number: frames[number])  # those of one frame are encoded together
     batch = encode_world(config, vae, torch.device("cpu")).batch(range(8))
-    plain = encode_world(replace(config, switch_share=0.0), vae, torch.device("cpu")).batch(order)
-    assert batch.past is not None
+    plain = encode_world(replace(config, switch_share=0.0), vae, torch.device("cpu")).batch(range(8))
+    both = encode_world(replace(config, worn_past=True), vae, torch.device("cpu")).batch(range(8))
     assert batch.learnt_from is not None
-    assert batch.learnt_from.tolist() == [frames[number] for number in order]
+    assert batch.learnt_from.tolist() == frames
     assert {0} < set(frames) <= {0, 6, 9}
     assert {*batch.prompts} <= {prompt for prompts in inputs.prompts for prompt in prompts}, "which are encoded before"
-    torch.testing.assert_close(batch.past, batch.latents)
-    for row, number in enumerate(order):
-        frame = frames[number]
-        expected, prompt = plain.latents[row], plain.prompts[row]
+    assert both.past is not None
+    for number, frame in enumerate(frames):
+        expected, prompt = plain.latents[number], plain.prompts[number]
         if frame:
             pairs = ShapesSwitches(8, config.seed, 1 + 4 * (frame - 1), num_video_frames=45)
             ((_, prompt),) = pairs.prompts([number])
             expected = encode_batch(vae, pairs.pixels([number]))[0].detach()
-        torch.testing.assert_close(batch.latents[row], expected, rtol=1e-4, atol=1e-4)
-        assert batch.prompts[row] == prompt
+        torch.testing.assert_close(batch.latents[number], expected, rtol=1e-4, atol=1e-4)
+        assert batch.prompts[number] == both.prompts[number] == prompt
+        is_worn = not torch.equal(both.past[number], both.latents[number])
+        assert is_worn == (frame == 0), "scenes that switch are not worn"
     assert train("causal_init", tmp_path, *start, "switch_share=1.0", "worn_past=true") == 0
 
 
@@ -150,6 +153,23 @@ def test_clips_for_regression_are_as_long_as_the_script_says() -> None:
     script = (ROOT / "scripts" / "train_shapes.sh").read_text()
     (length,) = re.findall(r"num_training_frames=(\d+)", script)
     assert f"num_training_frames: {length}\n" in (ROOT / "configs" / "shapes_clips.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", ["causal_init", "train_init", "train_long", "evaluate", "clips"])
+def test_the_built_in_model_runs_as_it_was_trained(name: str) -> None:
+    settings = OmegaConf.load(ROOT / "configs" / f"shapes_{name}.yaml")
+    assert tuple(settings["denoising_step_list"]) == BUILTIN_STEPS
+    if name != "clips":
+        assert BUILTIN_MODEL_KWARGS.items() <= settings["model_kwargs"].items()
+
+
+def test_every_ablation_has_its_settings() -> None:
+    script = (ROOT / "scripts" / "ablate_shapes.sh").read_text()
+    names = [name for line in re.findall(r"^all\+?=\((.*)\)$", script, re.M) for name in line.split()]
+    arms = re.findall(r"^        ([\w*]+)\)", script, re.M)
+    assert {name: [arm for arm in arms if fnmatch(name, arm)] for name in names} == {
+        name: [re.sub(r"\d+$", "*", name) if name.startswith(("lora", "window")) else name] for name in names
+    }
 
 
 @pytest.mark.parametrize(

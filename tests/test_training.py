@@ -35,7 +35,7 @@ from longlive.training.checkpoint import read_state
 from longlive.training.clip_pass import ClipPass
 from longlive.training.distribution_matching import DistributionMatching, Streaming
 from longlive.training.draw import Draw
-from longlive.training.flow_matching import CausalInit, FlowMatching
+from longlive.training.flow_matching import CausalInit, FlowMatching, mean_square
 from longlive.training.parallel import copy_weights, local, whole
 from longlive.training.streaming import ChunkNoise, StreamingSequence
 from longlive.training.teacher_forcing import TeacherForced
@@ -217,11 +217,18 @@ def test_a_past_that_is_off_is_seen_and_not_learnt(tmp_path: Path) -> None:
         if draw_at(0).of("dropout").uniform(1, 1) < stage.config.prompt_dropout:
             text = stage.negative
         flow = stage.generator(noisy, past[[item]], timesteps.repeat_interleave(2, dim=1), text)
-        torch.testing.assert_close(loss, (flow - (noise - x0)).square().mean())
         first = torch.full((len(PROMPTS),), 2)
         stage.clips = LatentPool(clips.prompts, clips.latents, past, first)
         later = stage.loss("generator", draw_at(0)).value
+    torch.testing.assert_close(loss, (flow - (noise - x0)).square().mean())
     torch.testing.assert_close(later, (flow - (noise - x0))[:, 2:].square().sum() / flow.numel())
+
+
+def test_frames_before_those_that_are_learnt_do_not_count() -> None:
+    errors = torch.randn(2, 3, 1, 2, 2)
+    expected = (errors[0].square().sum() + errors[1, 2:].square().sum()) / errors.numel()
+    torch.testing.assert_close(mean_square(errors, torch.tensor([0, 2])), expected)
+    torch.testing.assert_close(mean_square(errors, None), errors.square().mean())
 
 
 # --- activations computed again ---------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import av
 import numpy as np
@@ -111,20 +111,6 @@ class LatentPool:
     ) -> None:
         """latents and past [N, F, C, h, w] float32; learnt_from [N]."""
         self._prompts, self._latents, self._past, self._learnt_from = prompts, latents, past, learnt_from
-
-    @classmethod
-    def joined(cls, pools: Sequence[Self]) -> Self:
-        """All clips of some pools, one after the other."""
-        prompts = [prompt for pool in pools for prompt in pool._prompts]
-        pasts = [pool._latents if pool._past is None else pool._past for pool in pools]
-        firsts = [
-            torch.zeros(len(pool), dtype=torch.long, device=pool._latents.device)
-            if pool._learnt_from is None
-            else pool._learnt_from
-            for pool in pools
-        ]
-        latents = [pool._latents for pool in pools]
-        return cls(prompts, torch.cat(latents), torch.cat(pasts), torch.cat(firsts))
 
     def __len__(self) -> int:
         return len(self._latents)

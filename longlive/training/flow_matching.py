@@ -67,12 +67,11 @@ class FlowMatching(Stage):
         with self.clock.part("data"):
             draw, is_pictures = self.config.pictures.choose(draw)
             batch = self.clips.batch([self.order[sample] for sample in draw.samples])
+            more = (batch.trajectory, batch.past, batch.learnt_from) if self.is_causal else ()
             clips = ClipBatch(
                 batch.prompts,
                 (batch.latents[:, :1] if is_pictures else batch.latents).to(draw.device),
-                batch.trajectory.to(draw.device) if self.is_causal and batch.trajectory is not None else None,
-                batch.past.to(draw.device) if self.is_causal and batch.past is not None else None,
-                batch.learnt_from.to(draw.device) if self.is_causal and batch.learnt_from is not None else None,
+                *(None if values is None else values.to(draw.device) for values in more),
             )
             text = self.encode_prompts(batch.prompts)
             if clips.trajectory is None:  # where a guided one ends depends on its prompt: it cannot do without it
@@ -127,7 +126,7 @@ class CausalInit(FlowMatching):
             sigma = sigma.repeat_interleave(block, dim=1)[..., None, None, None]
             noise = draw.of("noise").normal(*x0.shape[1:])
             flow = self._flow(add_noise(x0, noise, sigma), past, timesteps, text)
-            return _mean_square(flow.float() - (noise - x0), clips.learnt_from), timesteps
+            return mean_square(flow.float() - (noise - x0), clips.learnt_from), timesteps
         steps = draw.of("timestep").integers(len(self.sampler.timesteps), x0.shape[1] // block)
         timesteps, sigma = (
             torch.tensor(values, device=draw.device)[steps] for values in (self.sampler.timesteps, self.sampler.sigmas)
@@ -136,7 +135,7 @@ class CausalInit(FlowMatching):
         states = trajectory.gather(1, frames.expand(-1, 1, *x0.shape[1:])).squeeze(1)
         flow = self._flow(states, past, timesteps, text)
         predicted = flow_to_x0(flow, states, sigma.repeat_interleave(block, dim=1)[..., None, None, None])
-        return (predicted - x0).square().mean(), timesteps
+        return mean_square(predicted - x0, clips.learnt_from), timesteps
 
     def _flow(self, noisy: Tensor, clean: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
         """Teacher forcing; timesteps [B, blocks]."""
@@ -144,7 +143,7 @@ class CausalInit(FlowMatching):
         return self.generator(noisy, clean, frames, text)
 
 
-def _mean_square(errors: Tensor, learnt_from: Tensor | None) -> Tensor:
+def mean_square(errors: Tensor, learnt_from: Tensor | None) -> Tensor:
     """Of errors [B, F, ...], those of frames before `learnt_from` [B] taken as zero."""
     squares = errors.square()
     if learnt_from is not None:

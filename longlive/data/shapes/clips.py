@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from longlive.data.clips import from_uint8
-from longlive.data.shapes.captions import prompt_of
+from longlive.data.shapes.captions import prompt_of, worded
 from longlive.data.shapes.render import render
-from longlive.data.shapes.world import TWO_BODIES_SHARE, Scene, sample_scene, switched, worn
+from longlive.data.shapes.world import TWO_BODIES_SHARE, Scene, sample_scene, switched, switched_caption, worn
 
 TRAINED_TWO_BODIES_SHARE = 0.5  # of the scenes to train on: more than in the world, as they are harder to learn
+CLIP_VIDEO_FRAMES = 81  # 5 s, unless it is said
 TRAIN, HELD_OUT = "train", "held out"  # splits: the same seed and number give other scenes in each
 
 
@@ -31,7 +32,7 @@ class ShapesClips:
         self,
         num_clips: int,
         seed: int,
-        num_video_frames: int = 81,
+        num_video_frames: int = CLIP_VIDEO_FRAMES,
         split: str = TRAIN,
         device: torch.device | str = "cpu",
         worn_share: float = 0.0,
@@ -61,8 +62,8 @@ class ShapesClips:
 
 
 class ShapesSwitches:
-    """Pairs of scenes in which the second goes on from the first at a frame, with their prompts; and their clips from
-    the beginning through that frame: a `PixelSource`."""
+    """Pairs of scenes in which the second goes on from the first at a frame, with their prompts, and their clips from
+    the beginning: a `PixelSource`."""
 
     def __init__(
         self,
@@ -70,10 +71,10 @@ class ShapesSwitches:
         seed: int,
         switch_video_frame: int,
         split: str = TRAIN,
-        num_video_frames: int = 81,
+        num_video_frames: int = CLIP_VIDEO_FRAMES,
         device: torch.device | str = "cpu",
     ) -> None:
-        """device: where clips are drawn and returned."""
+        """num_video_frames: of a clip; device: where clips are drawn and returned."""
         self._num_pairs, self._seed, self._split = num_pairs, seed, split
         self._switch_video_frame = switch_video_frame
         self.num_video_frames, self._device = num_video_frames, device
@@ -87,7 +88,8 @@ class ShapesSwitches:
         return [(scene, switched(scene, self._switch_video_frame, scene.wording)) for scene in before]
 
     def prompts(self, items: Sequence[int]) -> list[tuple[str, str]]:
-        return [(prompt_of(before), prompt_of(after)) for before, after in self.scenes(items)]
+        scenes = [scene_number(item, self._seed, self._split) for item in items]
+        return [(prompt_of(scene), worded(*switched_caption(scene, scene.wording))) for scene in scenes]
 
     def pixels(self, items: Sequence[int]) -> Tensor:
         """[B, num_video_frames, 3, HEIGHT, WIDTH] float32 in [-1, 1]."""

@@ -199,8 +199,14 @@ def faults(caption: Caption) -> list[str]:
 
 def switched(scene: Scene, frame: int, seed: int) -> Scene:
     """The scene with one or two captioned attributes changed at `frame`; everything else goes on."""
+    caption, wording = switched_caption(scene, seed)
+    return continued(scene, caption, frame, wording)
+
+
+def switched_caption(scene: Scene, seed: int) -> tuple[Caption, int]:
+    """The caption of `switched`, at whatever frame, and its wording."""
     rng = random.Random(f"switch {seed}")
-    return continued(scene, _changed(scene, rng), frame, rng.getrandbits(32))
+    return _changed(scene, rng), rng.getrandbits(32)
 
 
 def continued(scene: Scene, caption: Caption, frame: int, wording: int = 0) -> Scene:
