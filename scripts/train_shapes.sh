@@ -33,7 +33,7 @@ train vae
 train teacher "$vae"
 if [[ ${CAUSAL_INIT:-teacher_forcing} == ode ]]; then
     common=() # the settings that making clips knows too
-    for setting in "${settings[@]}"; do [[ $setting == @(seed|device)=* ]] && common+=("$setting"); done
+    for setting in "${settings[@]}"; do [[ $setting == @(seed|device|num_scenes|batch_size)=* ]] && common+=("$setting"); done
     "$python" -m longlive clips --config_path configs/shapes_clips.yaml "$vae" real_ckpt="$teacher" \
         output_folder="$runs/clips" "${common[@]}"
     # clips as long as the teacher's, without what only scenes can show
