@@ -47,11 +47,12 @@ trap 'rm -rf "$logs"' EXIT
 asked="" # while processes are being started, not all are in the list: their turn comes after
 trap 'asked=INT' INT
 trap 'asked="$stop"' TERM HUP
+exec {say}>&2 2>/dev/null # in its own words bash would tell of every process that was killed
 set -m # job control: the processes take Ctrl-C from this script alone, and do not ignore it
 for ((i = 0; i < num_gpus; i++)); do
-    exec {out}>&1 {err}>&2
+    exec {out}>&1 {err}>&"$say"
     ((i == 0)) || exec {out}>/dev/null {err}>"$logs/$i"
-    RANK=$((node_rank * num_gpus + i)) LOCAL_RANK=$i "$python" -m longlive "$@" >&"$out" 2>&"$err" {out}>&- {err}>&- &
+    RANK=$((node_rank * num_gpus + i)) LOCAL_RANK=$i "$python" -m longlive "$@" >&"$out" 2>&"$err" {out}>&- {err}>&- {say}>&- &
     pids+=($!)
     exec {out}>&- {err}>&-
 done
@@ -59,7 +60,6 @@ set +m
 trap 'signal INT' INT
 trap 'signal "$stop"' TERM HUP
 [[ -z "$asked" ]] || signal "$asked"
-exec {say}>&2 2>/dev/null # in its own words bash would tell of every process that was killed
 
 status=0
 is_running() { kill -0 "${pids[$1]}"; }

@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the Hugging Face libraries are imported
 
@@ -10,6 +11,10 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and sums keep one order on every machine
+
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:  # under nohup, or behind &: what tests start would ignore it too
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
