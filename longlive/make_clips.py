@@ -109,7 +109,7 @@ def make_encoder(config: ClipsConfig) -> Make:
     device = choose_device(config.device)
     vae = load_vae(model_folder(config), torch.float32, config.vae_ckpt)
     place_vae(vae, device, choose_dtype("auto", device))
-    num_video_frames = 1 + vae.config.temporal_factor * (config.num_training_frames - 1)
+    num_video_frames = vae.config.num_video_frames(config.num_training_frames)
     videos = PixelClips(config.data_path, config.height, config.width, num_video_frames, config.fps)
     return encoded_videos(vae, videos, device)
 

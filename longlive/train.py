@@ -220,7 +220,7 @@ def source_of(weights: Weights) -> str:
 
 def pixel_clips(config: TrainConfig, device: torch.device) -> PixelSource:
     """The clips that a VAE trains on: files, or scenes of a world, which are drawn on the device and stay there."""
-    num_video_frames = 1 + VAEConfig().temporal_factor * (config.num_training_frames - 1)
+    num_video_frames = VAEConfig().num_video_frames(config.num_training_frames)
     if config.world is None:
         assert config.clips_path is not None
         return PixelClips(config.clips_path, config.height, config.width, num_video_frames, config.fps)

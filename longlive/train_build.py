@@ -214,7 +214,7 @@ def make_flow_matching(
     if config.stage == "causal_init":
         sampling = config.num_frame_per_block, float(config.context_noise)
         model = TeacherForced(generator, cache_config(config), *sampling, compute.attention)
-    clips: LatentSource = inputs.clips or encode_world(config, inputs.vae, clock.device)
+    clips: LatentSource = inputs.clips or encode_world(config, inputs, clock.device)
     common: dict[str, Any] = {
         "generator": graphed(model, config, group),
         "clips": clips,

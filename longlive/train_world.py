@@ -18,7 +18,7 @@ from longlive.data.shapes.clips import ShapesClips, ShapesSwitches
 from longlive.distributed import is_main
 from longlive.models.vae import WanVAE
 from longlive.train_config import TrainConfig
-from longlive.train_inputs import latent_shape
+from longlive.train_inputs import Inputs, latent_shape
 
 _UNHEALED = 0.75
 """Of what is off in a worn past, how much is still off in the block after it."""
@@ -33,20 +33,16 @@ def world_batches(numbers: Sequence[int], num_video_frames: int, device: torch.d
     return [numbers[start : start + size] for start in range(0, len(numbers), size)]
 
 
-def encode_world(config: TrainConfig, vae: WanVAE, device: torch.device) -> LatentPool:
+def encode_world(config: TrainConfig, inputs: Inputs, device: torch.device) -> LatentPool:
     """The latents of all scenes of a world, drawn and encoded on the device, where they stay.
 
     Scenes that switch are not worn.
     """
     switches = switch_frames(config)
-    switching = [number for number, frame in enumerate(switches) if frame]
-    prompts = ShapesClips(config.num_scenes, config.seed).prompts(range(config.num_scenes))
-    pairs = ShapesSwitches(config.num_scenes, config.seed, switch_video_frame=0).prompts(switching)
-    for number, (_, after) in zip(switching, pairs, strict=True):
-        prompts[number] = after
-    latents = torch.empty(config.num_scenes, config.clip_frames, *latent_shape(config, vae), device=device)
+    prompts = [texts[-1 if frame else 0] for texts, frame in zip(inputs.prompts, switches, strict=True)]
+    latents = torch.empty(config.num_scenes, config.clip_frames, *latent_shape(config, inputs.vae), device=device)
     past = torch.empty_like(latents) if config.worn_past else None
-    encoder = _Encoder(config, vae, device)
+    encoder = _Encoder(config, inputs.vae, device)
     unswitched = encoder.worn if config.worn_past else encoder.plain
     with tqdm(total=config.num_scenes, desc="encoding scenes", unit=" scenes", disable=not is_main()) as bar:
         for frame in sorted(set(switches)):
@@ -56,7 +52,7 @@ def encode_world(config: TrainConfig, vae: WanVAE, device: torch.device) -> Late
                 if past is not None:
                     past[batch] = shown
                 bar.update(len(batch))
-    return LatentPool(prompts, latents, past, torch.tensor(switches, device=device) if switching else None)
+    return LatentPool(prompts, latents, past, torch.tensor(switches, device=device) if any(switches) else None)
 
 
 def switch_frames(config: TrainConfig) -> list[int]:
@@ -77,7 +73,7 @@ class _Encoder:
 
     def __init__(self, config: TrainConfig, vae: WanVAE, device: torch.device) -> None:
         self._config, self._vae, self._device = config, vae, device
-        self.num_video_frames = self._video_frames(config.clip_frames)
+        self.num_video_frames = vae.config.num_video_frames(config.clip_frames)
 
     def plain(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
         """As they are."""
@@ -96,7 +92,7 @@ class _Encoder:
 
     def switched(self, numbers: Sequence[int], frame: int) -> tuple[Tensor, Tensor]:
         """Through a switch at this latent frame, from which on they are to be learnt."""
-        config, at = self._config, self._video_frames(frame)
+        config, at = self._config, self._vae.config.num_video_frames(frame)
         clips = ShapesSwitches(
             config.num_scenes, config.seed, at, num_video_frames=self.num_video_frames, device=self._device
         )
@@ -105,12 +101,8 @@ class _Encoder:
 
     def _scenes(self, num_frames: int | None = None, worn_share: float = 0.0) -> ShapesClips:
         config = self._config
-        end = self._video_frames(num_frames or config.clip_frames)
+        end = self._vae.config.num_video_frames(num_frames or config.clip_frames)
         return ShapesClips(config.num_scenes, config.seed, end, device=self._device, worn_share=worn_share)
-
-    def _video_frames(self, num_frames: int) -> int:
-        """Those of so many latent ones from the first on."""
-        return 1 + self._vae.config.temporal_factor * (num_frames - 1)
 
     @torch.no_grad()
     def _encode(self, clips: PixelSource, numbers: Sequence[int]) -> Tensor:

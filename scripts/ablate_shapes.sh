@@ -30,8 +30,10 @@ train() { # stage, name, init_logdir, settings
     [[ -e "$folder/inference.yaml" ]] || exit 1 # stopped by a signal
     touch "$folder/done"
 }
-train_init() { # name, settings
-    train train_init "$1" "${causal:-$runs/causal_init}" critic_ckpt="$runs/teacher/generator.safetensors" max_iters=600 "${@:2}"
+train_init() { # name, settings; from the causal model of this name, where it has one
+    local causal="$out/$1/causal_init"
+    [[ -e "$causal/done" ]] || causal="$runs/causal_init"
+    train train_init "$1" "$causal" critic_ckpt="$runs/teacher/generator.safetensors" max_iters=600 "${@:2}"
 }
 train_long() { # name, whose first stage, settings
     train train_long "$1" "$out/$2/train_init" max_iters=240 "${@:3}"
@@ -47,7 +49,7 @@ causal_init() { # name, settings; with the seed of the causal model of all other
 }
 absolute() { # positions within the video in all stages, and clips no longer than the teacher's
     causal_init absolute num_training_frames=21 num_scenes=16384 batch_size=32 "$within_video"
-    causal="$out/absolute/causal_init" both absolute "$within_video"
+    both absolute "$within_video"
 }
 evaluate() { # name, folder of the run, settings
     [[ -e "$out/$1.json" ]] && return
@@ -69,12 +71,12 @@ for name in "${names[@]}"; do
             ;;
         never_switched) # in teacher forcing neither
             causal_init never_switched switch_share=0
-            causal="$out/never_switched/causal_init" train_init never_switched
+            train_init never_switched
             train_long never_switched never_switched switch_mode=none
             ;;
         plain_past) # teacher forcing with a past that is never off
             causal_init plain_past worn_past=false
-            causal="$out/plain_past/causal_init" both plain_past
+            both plain_past
             ;;
         lora_*) # of the rank in the name
             train_init base

@@ -109,8 +109,8 @@ def test_a_worn_past(runs: Path, tmp_path: Path) -> None:
     settings = (*SMALL, *start, "worn_past=true", "switch_share=0", f"logdir={tmp_path}")
     config = load_train_config(ROOT / "configs" / "shapes_causal_init.yaml", settings)
     inputs = read_inputs(config)
-    batch = encode_world(config, inputs.vae, torch.device("cpu")).batch(range(4))
-    plain = encode_world(replace(config, worn_past=False), inputs.vae, torch.device("cpu")).batch(range(4)).latents
+    batch = encode_world(config, inputs, torch.device("cpu")).batch(range(4))
+    plain = encode_world(replace(config, worn_past=False), inputs, torch.device("cpu")).batch(range(4)).latents
     assert batch.past is not None
     torch.testing.assert_close(batch.past[:, :3], plain[:, :3])
     torch.testing.assert_close(batch.latents[:, :6], plain[:, :6])
@@ -128,9 +128,9 @@ def test_clips_through_a_switch(runs: Path, tmp_path: Path) -> None:
     config = load_train_config(ROOT / "configs" / "shapes_causal_init.yaml", (*settings, "switch_share=0.5"))
     inputs = read_inputs(config)
     vae, frames = inputs.vae, switch_frames(config)
-    batch = encode_world(config, vae, torch.device("cpu")).batch(range(8))
-    plain = encode_world(replace(config, switch_share=0.0), vae, torch.device("cpu")).batch(range(8))
-    both = encode_world(replace(config, worn_past=True), vae, torch.device("cpu")).batch(range(8))
+    batch = encode_world(config, inputs, torch.device("cpu")).batch(range(8))
+    plain = encode_world(replace(config, switch_share=0.0), inputs, torch.device("cpu")).batch(range(8))
+    both = encode_world(replace(config, worn_past=True), inputs, torch.device("cpu")).batch(range(8))
     assert batch.learnt_from is not None
     assert batch.learnt_from.tolist() == frames
     assert {0} < set(frames) <= {0, 6, 9}

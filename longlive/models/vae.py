@@ -81,6 +81,10 @@ class VAEConfig:
         """Video frames per latent frame after the first."""
         return 2 ** sum(self.temporal_downsample)
 
+    def num_video_frames(self, num_frames: int) -> int:
+        """Video frames of the first `num_frames` latent ones."""
+        return 1 + self.temporal_factor * (num_frames - 1)
+
 
 @dataclass
 class StreamCache:

@@ -13,7 +13,7 @@ from longlive.data.shapes.render import render
 from longlive.data.shapes.world import TWO_BODIES_SHARE, Scene, sample_scene, switched, switched_caption, worn
 
 TRAINED_TWO_BODIES_SHARE = 0.5  # of the scenes to train on: more than in the world, as they are harder to learn
-CLIP_VIDEO_FRAMES = 81  # 5 s, unless it is said
+_CLIP_VIDEO_FRAMES = 81  # 5 s, unless it is said
 TRAIN, HELD_OUT = "train", "held out"  # splits: the same seed and number give other scenes in each
 
 
@@ -32,13 +32,13 @@ class ShapesClips:
         self,
         num_clips: int,
         seed: int,
-        num_video_frames: int = CLIP_VIDEO_FRAMES,
+        num_video_frames: int = _CLIP_VIDEO_FRAMES,
         split: str = TRAIN,
         device: torch.device | str = "cpu",
         worn_share: float = 0.0,
     ) -> None:
         """device: where clips are drawn and returned; worn_share: how much scenes are `worn`."""
-        self._num_clips, self._seed, self.num_video_frames = num_clips, seed, num_video_frames
+        self._num_clips, self._seed, self._num_video_frames = num_clips, seed, num_video_frames
         self._split, self._device = split, device
         self._worn_share = worn_share
 
@@ -54,7 +54,7 @@ class ShapesClips:
 
     def frames(self, items: Sequence[int]) -> Tensor:
         """[B, num_video_frames, HEIGHT, WIDTH, 3] uint8."""
-        return render(self.scenes(items), 0, self.num_video_frames, self._device)
+        return render(self.scenes(items), 0, self._num_video_frames, self._device)
 
     def pixels(self, items: Sequence[int]) -> Tensor:
         """[B, num_video_frames, 3, HEIGHT, WIDTH] float32 in [-1, 1]."""
@@ -71,29 +71,29 @@ class ShapesSwitches:
         seed: int,
         switch_video_frame: int,
         split: str = TRAIN,
-        num_video_frames: int = CLIP_VIDEO_FRAMES,
+        num_video_frames: int = _CLIP_VIDEO_FRAMES,
         device: torch.device | str = "cpu",
     ) -> None:
         """num_video_frames: of a clip; device: where clips are drawn and returned."""
-        self._num_pairs, self._seed, self._split = num_pairs, seed, split
+        self._before = ShapesClips(num_pairs, seed, split=split)
         self._switch_video_frame = switch_video_frame
-        self.num_video_frames, self._device = num_video_frames, device
+        self._num_video_frames, self._device = num_video_frames, device
 
     def __len__(self) -> int:
-        return self._num_pairs
+        return len(self._before)
 
     def scenes(self, items: Sequence[int]) -> list[tuple[Scene, Scene]]:
         """The scene before, and the one valid from the switch on."""
-        before = [scene_number(item, self._seed, self._split) for item in items]
+        before = self._before.scenes(items)
         return [(scene, switched(scene, self._switch_video_frame, scene.wording)) for scene in before]
 
     def prompts(self, items: Sequence[int]) -> list[tuple[str, str]]:
-        scenes = [scene_number(item, self._seed, self._split) for item in items]
-        return [(prompt_of(scene), worded(*switched_caption(scene, scene.wording))) for scene in scenes]
+        before = self._before.scenes(items)
+        return [(prompt_of(scene), worded(*switched_caption(scene, scene.wording))) for scene in before]
 
     def pixels(self, items: Sequence[int]) -> Tensor:
         """[B, num_video_frames, 3, HEIGHT, WIDTH] float32 in [-1, 1]."""
         before, after = zip(*self.scenes(items), strict=True)
-        switch, end = self._switch_video_frame, self.num_video_frames
+        switch, end = self._switch_video_frame, self._num_video_frames
         pieces = render(before, 0, switch, self._device), render(after, switch, end, self._device)
         return from_uint8(torch.cat(pieces, dim=1))
