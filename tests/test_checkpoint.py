@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from longlive.errors import InputError
 from longlive.training.checkpoint import Checkpoints, find_latest, read_identity, read_state
+from longlive.training.parallel import whole
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["torch.distributed.checkpoint", "torch.distributed.fsdp"])
@@ -88,8 +88,7 @@ def flat(state: Any, name: str = "") -> dict[str, Any]:
         return {k: v for key, value in state.items() for k, v in flat(value, f"{name}.{key}").items()}
     if isinstance(state, list) and isinstance(state[0], Tensor):
         return flat(dict(enumerate(state)), name)
-    whole = state.full_tensor() if isinstance(state, DTensor) else state
-    return {name[1:]: whole.detach().clone() if isinstance(whole, Tensor) else copy.deepcopy(whole)}
+    return {name[1:]: whole(state).detach().clone() if isinstance(state, Tensor) else copy.deepcopy(state)}
 
 
 def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from training_world import Setup, launch, losses, train, training
+from training_world import CPU, Setup, launch, losses, train, training
 
 from longlive.cli import main
 from longlive.training.checkpoint import find_latest, read_keys, read_state
 from longlive.training.distribution_matching import Streaming
 from longlive.training.metrics import read_metrics
-from longlive.training.parallel import whole
+from longlive.training.parallel import fill, process_group, shard, whole
 from longlive.training.trainer import EMAConfig, Trainer
 
 TINY_CONFIG = Path(__file__).parents[1] / "configs" / "tiny_train_init.yaml"
@@ -202,6 +202,21 @@ def test_two_processes_are_one(tmp_path: Path, stage: str, has_lora: bool) -> No
     assert launch(train, 2, setup, tmp_path / "two") == [0, 0]
     train(replace(setup, batch_size=2), tmp_path / "one")
     assert_close_run(tmp_path / "two", tmp_path / "one")
+
+
+def hold_and_gather(shard_size: int | None) -> None:
+    """What a process does: hold its rows of 5 (2, 2, 1 and none; or 3 and 2), and gather all."""
+    values = {"weight": torch.arange(15.0).reshape(5, 3), "bias": torch.arange(5.0)}
+    with process_group(CPU, shard_size) as group:
+        model = nn.Linear(3, 5, device="meta")
+        shard(model, group, None)
+        fill(model, values.items(), CPU, "values")
+        assert all(torch.equal(whole(parameter), values[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("shard_size", [None, 2], ids=["one copy", "two copies"])
+def test_rows_that_do_not_divide_come_back_whole(shard_size: int | None) -> None:
+    assert launch(hold_and_gather, 4, shard_size) == [0] * 4
 
 
 def test_several_copies_of_the_weights_are_kept_equal(tmp_path: Path) -> None:

@@ -131,12 +131,18 @@ def own_rows(value: Tensor, parameter: Tensor) -> Tensor:
     """The part of `value` that this process holds of a parameter of its shape."""
     if not isinstance(parameter, DTensor):
         return value
-    dim = next(i for i, placement in enumerate(parameter.placements) if isinstance(placement, Shard))
+    dim = _sharded_dim(parameter)
+    assert dim is not None
     pieces = value.chunk(
         parameter.device_mesh.size(dim)
     )  # as FSDP2 divides: the last ranks may have fewer rows or none
     index = parameter.device_mesh.get_local_rank(dim)
     return pieces[index] if index < len(pieces) else value[:0]
+
+
+def _sharded_dim(tensor: DTensor) -> int | None:
+    """The dimension of the mesh over which the rows of a tensor are shared out."""
+    return next((i for i, placement in enumerate(tensor.placements) if isinstance(placement, Shard)), None)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -154,8 +160,20 @@ def like(tensor: Tensor, part: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, gathered from all processes, which must all ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """All of a tensor, gathered from all processes, which must all ask; no gradient flows through it."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    dim = _sharded_dim(tensor)
+    if dim is None:  # every process has all of it, or its part of a sum
+        return tensor.full_tensor()
+    # full_tensor would do the same by ALLGATHER_COALESCED. Gloo's two threads note the name of what they did last
+    # without a lock (torch 2.13): names of more than 15 letters are on the heap, which broke so. ALLGATHER is shorter.
+    rows = -(-tensor.shape[0] // tensor.device_mesh.size(dim))
+    own = tensor.to_local().detach()
+    part = torch.cat([own, own.new_zeros(rows - own.shape[0], *own.shape[1:])])
+    gathered = part.new_empty(tensor.device_mesh.size(dim), *part.shape)
+    dist.all_gather(list(gathered), part, group=tensor.device_mesh.get_group(dim))
+    return gathered.flatten(0, 1)[: tensor.shape[0]]
 
 
 @torch.no_grad()
