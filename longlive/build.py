@@ -41,8 +41,8 @@ from longlive.weights.files import check_finite, fingerprint, load_into
 from longlive.weights.formats import (
     DIT,
     PARTS,
-    TEXT_ENCODER,
     VAE,
+    Part,
     find_weights,
     load_text_encoder,
     read_dit,
@@ -244,7 +244,8 @@ def find_wan_folder(wan_folder: str, name: str) -> Path:
 
 def weight_files(config: InferenceConfig) -> list[Path]:
     """The files that the models come from; raises InputError for one that is not there."""
-    named = {key: getattr(config, key) for key in ("generator_ckpt", "lora_ckpt", "vae_ckpt")}
+    instead: dict[str, Part[Any]] = {"generator_ckpt": DIT, "vae_ckpt": VAE}  # of Wan's own
+    named = {key: getattr(config, key) for key in (*instead, "lora_ckpt")}
     if config.model_name != BUILTIN:
         named["wan"] = str(wan_path(config))
     files = {name: Path(path) for name, path in named.items() if path is not None}
@@ -255,7 +256,8 @@ def weight_files(config: InferenceConfig) -> list[Path]:
             )
     found = []
     if "wan" in files:
-        found += wan_files(files["wan"], (VAE, TEXT_ENCODER) if "generator_ckpt" in files else PARTS.values())
+        replaced = {part.name for key, part in instead.items() if key in files}
+        found += wan_files(files["wan"], [part for part in PARTS.values() if part.name not in replaced])
     if "generator_ckpt" in files:
         found.append(find_weights(DIT, files["generator_ckpt"]))
     elif config.model_name == BUILTIN:

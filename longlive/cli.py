@@ -21,15 +21,9 @@ from typing import NoReturn
 import longlive
 from longlive.config import PATH_RULE, ROOT, InferenceConfig, Section, check_used, config_keys, load_config
 from longlive.distributed import is_main, world_size
-from longlive.errors import InputError
+from longlive.errors import OUT_OF_MEMORY, InputError, is_out_of_memory
 
 USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
-MEMORY_SIGNS = (
-    "out of memory",
-    "can't allocate memory",
-    "STATUS_ALLOC_FAILED",
-)  # as CUDA, the CPU and libraries say it
-OUT_OF_MEMORY = "out of memory; try low_memory=true, batch_size=1, or a smaller height and width"
 TRAINING_OUT_OF_MEMORY = (
     "out of memory; try batch_size=1, activation_checkpointing=full, teacher_precision=fp8, low_memory=true, "
     "adapter.type=lora, or more GPUs"
@@ -69,7 +63,7 @@ def exit_code(command: Callable[[], None]) -> int:
         finally:
             _flush_stdout()
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on from what is complete\n")
+        sys.stderr.write("interrupted; what is complete is kept: videos, clips and training go on from there\n")
         return 130
     except BrokenRunError as error:
         return _fail(str(error), 1)
@@ -80,16 +74,10 @@ def exit_code(command: Callable[[], None]) -> int:
             raise
         return _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror))
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return _fail(OUT_OF_MEMORY)
     return 0
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in MEMORY_SIGNS)
 
 
 def _fail(message: str, code: int = 2) -> int:
@@ -180,7 +168,7 @@ def _run_train(argv: Sequence[str]) -> None:
     except NonFiniteError as error:
         raise BrokenRunError(str(error)) from error
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise InputError(TRAINING_OUT_OF_MEMORY) from error
 
@@ -209,6 +197,8 @@ def _evaluate(argv: Sequence[str]) -> None:
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path(), help="folder of the comparison (default: .)")
     args = _parse_settings(parser, argv, "shapes_evaluate.yaml")
     if args.compare:
+        if args.json or args.seed or args.overrides:
+            raise InputError("evaluate --compare measures nothing: it takes --out alone")
         from longlive.eval.report import compare
 
         logging.getLogger("longlive").info("%s\n%s", *compare(args.compare, args.out))
@@ -238,8 +228,11 @@ def _serve(argv: Sequence[str]) -> None:
 
 def _live(argv: Sequence[str]) -> None:
     """the same in a terminal: every line typed is the next prompt, a video file grows"""
+    from longlive.web.serve_config import UNUSED
+
     parser = _Parser("live", f"{_live.__doc__}.", _describe_keys(InferenceConfig))
     config, explicit = load_config(InferenceConfig, *_config_arguments(parser, argv, "longlive_inference.yaml"))
+    check_used(explicit, UNUSED - {"seed", "start_from", "output_folder"}, "to live: prompts are lines that are typed")
 
     from longlive.web.terminal import live
 

@@ -12,7 +12,7 @@ import torch
 
 from longlive import cli
 from longlive.config import InferenceConfig, Section, config_keys
-from longlive.errors import InputError
+from longlive.errors import OUT_OF_MEMORY, InputError
 from longlive.train_config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +51,7 @@ def run(cwd: Path, *arguments: str, stdout: int = subprocess.PIPE) -> "subproces
         (["inference", "--seed=3"], "unknown option --seed=3: settings are written key=value"),
         (["inference", "seed=1", "--config_path", str(ROOT / "configs/longlive_inference.yaml"), "fps=0"], "fps=0"),
         (["inference", "prompt=a\n| b |"], "prompt=a | b |"),
+        (["live", "prompt=a red circle"], "prompt means nothing to live"),
     ],
 )
 def test_mistakes_are_one_line(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,9 +72,9 @@ def fail_with(error: BaseException) -> None:
     ("error", "line"),
     [
         (InputError("two\nlines"), "error: two lines\n"),
-        (torch.OutOfMemoryError("CUDA out of memory"), f"error: {cli.OUT_OF_MEMORY}\n"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), f"error: {cli.OUT_OF_MEMORY}\n"),
-        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), f"error: {cli.OUT_OF_MEMORY}\n"),
+        (torch.OutOfMemoryError("CUDA out of memory"), f"error: {OUT_OF_MEMORY}\n"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), f"error: {OUT_OF_MEMORY}\n"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), f"error: {OUT_OF_MEMORY}\n"),
         (OSError(errno.ENOSPC, "No space left on device", "v.mp4"), "error: No space left on device: v.mp4\n"),
         (PermissionError(errno.EACCES, "Permission denied", "videos"), "error: Permission denied: videos\n"),
         (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device\n"),
@@ -91,7 +92,7 @@ def test_a_broken_run_is_no_mistake_of_the_user(capsys: pytest.CaptureFixture[st
 
 def test_interruption(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.exit_code(lambda: fail_with(KeyboardInterrupt())) == 130
-    assert capsys.readouterr().err.startswith("interrupted; the same command goes on")
+    assert capsys.readouterr().err.startswith("interrupted; what is complete is kept")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes"), OSError(errno.EIO, "input/output"), ValueError("a bug")])

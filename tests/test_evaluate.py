@@ -416,6 +416,7 @@ def test_the_command_from_end_to_end(
         (["--compare", "a.json"], "results are named"),
         (["--compare", "a=none.json"], "none.json"),
         (["--compare", "a=settings.yaml"], "settings.yaml: not valid JSON"),
+        (["--json", "out.json", "--compare", "a=settings.yaml"], "--compare measures nothing"),
     ],
 )
 def test_mistakes_are_one_line(

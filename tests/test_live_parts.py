@@ -21,14 +21,16 @@ from longlive.data.clips import read_clip
 from longlive.errors import InputError
 from longlive.web.course import Block, Branch, to_png
 from longlive.web.guard import Guard
+from longlive.web.hall import Hall
 from longlive.web.live_session import LiveSession
-from longlive.web.messages import Grant, Latents, Made, Picture, Ready, Rebuilt, ToEngine
+from longlive.web.messages import Grant, Latents, Made, Picture, Ready, Rebuilt, Start, ToEngine
 from longlive.web.protocol import Message, ProtocolError, Throttle, parse
 from longlive.web.serve_config import ServeConfig
+from longlive.web.server import Conversation
 from longlive.web.spool import Spool
 from longlive.web.stream import Mp4Stream, one_file
 from longlive.web.uploads import Uploads, decode
-from longlive.web.viewer import CLOSE_SLOW, Viewer
+from longlive.web.viewer import CLOSE_ENDED, CLOSE_REPLACED, CLOSE_SLOW, Viewer
 
 
 def moving(num_video_frames: int) -> np.ndarray:
@@ -185,8 +187,10 @@ class Desk:
         self.config = ServeConfig(**changes)
         self.info = Ready("tiny", 32, 32, fps, 3, 4, "video/mp4", {})
         self.granted: list[int] = []
+        self.num_started = 0
 
     def send(self, message: ToEngine) -> None:
+        self.num_started += isinstance(message, Start)
         if isinstance(message, Grant):
             self.granted.append(message.num_frames)
             assert len(self.granted) < 100, "it grants without end"
@@ -297,8 +301,49 @@ def test_session_that_holds_too_much_is_full() -> None:
     assert (session.state, desk.granted) == ("full", granted)
     session.obey(Message("restart", {"seed": 1}, None))
     assert session.state == "full"  # the other branch is kept
+    assert desk.num_started == 1
     session.obey(Message("delete", {"branch": 0}, None))
-    assert session.state != "full"
+    assert (session.state, desk.num_started) == ("rebuilding", 2)
+
+
+def take_place(hall: Hall) -> tuple[LiveSession, Viewer]:
+    viewer = Viewer()
+    return hall.open(Message("open", {}, None), viewer), viewer
+
+
+def test_a_viewer_that_comes_again_keeps_its_place_in_the_queue() -> None:
+    hall = Hall(ServeConfig(max_sessions=1, max_queue=2), frozenset(), print)
+    take_place(hall)
+    (second, viewer), (third, _) = take_place(hall), take_place(hall)
+    again = Viewer()
+    hall.open(Message("open", {"session": second.key}, None), again)  # no place is left in the queue
+    assert viewer.close_code == CLOSE_REPLACED
+    assert (second.place, hall.queue_position(second), hall.queue_position(third)) == ("queued", 1, 2)
+    hall.leave(second, viewer)
+    assert hall.queue_position(third) == 2
+    hall.leave(second, again)
+    assert (second.place, hall.queue_position(third)) == ("none", 1)
+
+
+def test_who_is_away_keeps_its_place_while_others_are_free() -> None:
+    hall = Hall(ServeConfig(max_sessions=2), frozenset(), print)
+    first, viewer = take_place(hall)
+    hall.leave(first, viewer)
+    second, _ = take_place(hall)
+    assert (first.place, second.place) == ("active", "active")
+    third, _ = take_place(hall)
+    assert (first.place, second.place, third.place) == ("none", "active", "active")
+
+
+def test_nothing_is_heard_after_the_end() -> None:
+    hall, viewer = Hall(ServeConfig(), frozenset(), print), Viewer()
+    conversation = Conversation(hall, viewer)
+    for message in ("open", "end", "prompt"):
+        conversation.take(json.dumps({"type": message} | ({"text": "A"} if message == "prompt" else {})))
+    assert viewer.close_code == CLOSE_ENDED
+    assert conversation.session is not None
+    assert conversation.session.place == "none"
+    assert hall.health()["sessions"] == hall.health()["active"] == 0
 
 
 def picture_file(format: str, size: tuple[int, int] = (90, 40), **options: Any) -> bytes:

@@ -34,10 +34,11 @@ from longlive.config import InferenceConfig, load_config
 from longlive.inference.pipeline import load_clip, play
 from longlive.inference.session import Past, Session
 from longlive.web.client import LiveClient, LiveError, Media
-from longlive.web.engine import to_tensor, warm_up
+from longlive.web.engine import picture_settings, to_tensor, warm_up
 from longlive.web.hall import Hall
 from longlive.web.serve_config import ServeConfig
 from longlive.web.server import make_app
+from longlive.web.terminal import live
 
 ROOT = Path(__file__).parents[1]
 SETTINGS: dict[str, Any] = {  # small and quick
@@ -673,6 +674,43 @@ def test_live_in_a_terminal_of_its_own(tmp_path: Path) -> None:
         "seed": 4,
         "num_output_frames": 9,
     }
+
+
+def test_a_zip_names_weights_but_no_folder_of_this_machine() -> None:
+    places = {"generator_ckpt": str(ROOT / "longlive_models" / "base.pt"), "lora_ckpt": "/home/me/lora.pt"}
+    settings = picture_settings(ServeConfig(**places))
+    assert settings["generator_ckpt"] == "longlive_models/base.pt"  # as configurations of the repository name it
+    assert settings["lora_ckpt"] == "lora.pt"
+    assert settings["vae_ckpt"] is None
+    assert not any(str(value).startswith("/") for value in settings.values())
+
+
+class UntilInterrupted(io.StringIO):
+    """Lines, and then Ctrl-C."""
+
+    def readline(self, size: int = -1, /) -> str:
+        line = super().readline(size)
+        if not line:
+            raise KeyboardInterrupt
+        return line
+
+
+def test_live_interrupted_is_complete(tmp_path: Path) -> None:
+    settings = [
+        "model_name=tiny",
+        "height=32",
+        "width=32",
+        "denoising_step_list=1000, 500",
+        f"output_folder={tmp_path}",
+    ]
+    config, explicit = load_config(InferenceConfig, ROOT / "configs" / "longlive_inference.yaml", settings)
+    with pytest.raises(KeyboardInterrupt):
+        live(config, explicit, UntilInterrupted())
+    assert list(tmp_path.iterdir()) == []
+    live(config, explicit, UntilInterrupted(f"{RED}\n{BLUE}\n"))
+    (video,) = tmp_path.glob("live-*.mp4")
+    assert len(decode(video.read_bytes())) == 9 + 12
+    assert json.loads(video.with_suffix(".jsonl").read_text())["prompts"] == [RED, BLUE]
 
 
 def test_live_says_what_it_cannot_show(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ from longlive.weights.formats import (
     select_network,
     weight_files,
 )
-from longlive.weights.lora import attach_lora, check_rank, extract_lora, merge_lora, parse_lora, read_lora
+from longlive.weights.lora import attach_lora, check_rank, merge_lora, parse_lora, peft_names, read_lora
 
 ROOT = Path(__file__).parents[1]
 MICRO = DiTConfig(dim=24, ffn_dim=40, num_heads=2, num_layers=2, freq_dim=32, text_dim=20, text_len=6)
@@ -349,12 +349,16 @@ def test_weight_files_are_those_that_are_read(tmp_path: Path, wan: Path, fake_mo
         paths = [tmp_path / to / names[part] for part in ("dit", "vae", "text_encoder")]
         assert weight_files(tmp_path / to) == [*paths, tmp_path / to / names["tokenizer"] / "tokenizer.json"]
     paths[0].unlink()
-    assert paths[0] not in weight_files(tmp_path / to)
+    with pytest.raises(InputError, match="no dit weights there"):
+        weight_files(tmp_path / to)
     assert weight_files(tmp_path / to, [VAE])[:-1] == paths[1:2]
     fake_module.write_dit(fake_module.Fake(seed=3), MICRO, tmp_path / "sharded", 3, torch.float32)
     index = tmp_path / "sharded" / "diffusion_pytorch_model.safetensors.index.json"
-    assert weight_files(tmp_path / "sharded") == [index]
-    assert weight_files(tmp_path / "absent") == []
+    (tmp_path / "sharded" / "tokenizer").mkdir()
+    with pytest.raises(InputError, match="no tokenizer there"):
+        weight_files(tmp_path / "sharded", [DIT])
+    (tmp_path / "sharded" / "tokenizer" / "tokenizer.json").write_text("{}")
+    assert weight_files(tmp_path / "sharded", [DIT])[0] == index
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -750,7 +754,8 @@ def test_attached_lora_equals_merged_and_comes_back_out(tmp_path: Path) -> None:
     load_into(base, merge_lora(base.state_dict(), lora, ALPHA, "lora.pt"), "lora.pt")
     attach_lora(model, RANK, ALPHA, lora, "lora.pt")
     torch.testing.assert_close(flow(model), flow(base), atol=1e-5, rtol=1e-5)
-    assert same(extract_lora(model), state)
+    attached = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
+    assert same(peft_names(attached), state)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
         name for name, _ in model.named_parameters() if ".lora_" in name
     }

@@ -45,7 +45,7 @@ class TextEncoderConfig:
 
     @classmethod
     def tiny(cls) -> "TextEncoderConfig":
-        """The embedded default: needs no files, for use with `byte_tokens`."""
+        """Sizes to test and measure with, without files, for use with `byte_tokens`."""
         return cls(vocab_size=384, dim=64, dim_attn=64, dim_ffn=128, num_heads=4, num_layers=2)
 
 

@@ -82,8 +82,8 @@ class VAEConfig:
         return 2 ** sum(self.temporal_downsample)
 
     def num_video_frames(self, num_frames: int) -> int:
-        """Video frames of the first `num_frames` latent ones."""
-        return 1 + self.temporal_factor * (num_frames - 1)
+        """Video frames of the first `num_frames` latent ones: the first one is one, every other several."""
+        return max(0, 1 + self.temporal_factor * (num_frames - 1))
 
 
 @dataclass

@@ -21,7 +21,7 @@ from longlive.training.networks import Weights
 from longlive.training.vae_stage import with_latent_statistics
 from longlive.weights.convert import wan_dit_config
 from longlive.weights.files import StateDict, atomic_file, write_json, write_safetensors
-from longlive.weights.lora import merge_lora, parse_lora
+from longlive.weights.lora import merge_lora, parse_lora, peft_names
 
 GENERATOR, CRITIC = "generator.safetensors", "critic.safetensors"
 VAE = "vae.safetensors"
@@ -45,13 +45,13 @@ def export(checkpoint: Path, folder: Path, base: Weights | None, alpha: float) -
     ):
         if any(key.startswith(f"{prefix}.") for key in keys):
             found[entry] = read_state(checkpoint, prefix)
-    loras = {entry: _peft_names(state) for entry, state in found.items() if is_lora(state)}
+    loras = {entry: peft_names(state) for entry, state in found.items() if is_lora(state)}
     whole = {entry: state for entry, state in found.items() if entry not in loras}
     written = [folder / GENERATOR]
     averaged = found.get("generator_ema", found["generator"])
     if is_lora(averaged):
         assert base is not None
-        averaged = merge_lora(base.state, parse_lora(_peft_names(averaged), checkpoint), alpha, checkpoint)
+        averaged = merge_lora(base.state, parse_lora(peft_names(averaged), checkpoint), alpha, checkpoint)
     _write_dit(written[0], averaged, generator)
     if "critic" in whole and critic is not None:
         written.append(folder / CRITIC)
@@ -93,11 +93,6 @@ def export_vae(checkpoint: Path, folder: Path, batches: Iterable[Tensor], device
 
 def is_lora(state: StateDict) -> bool:
     return any(".lora_" in name for name in state)
-
-
-def _peft_names(state: StateDict) -> StateDict:
-    """LoRA weights under the names of peft's files."""
-    return {f"base_model.model.{name.replace('.default', '')}": tensor for name, tensor in state.items()}
 
 
 def _write_dit(path: Path, state: StateDict, config: DiTConfig) -> None:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
@@ -72,10 +72,9 @@ class LiveClient:
     _next_id: int = 1
 
     def __enter__(self) -> Self:
-        split = urlsplit(self.url)
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         self._connecting = connect(
-            f"ws://{split.netloc}/api/session",
+            f"{self.url.rstrip('/').replace('http', 'ws', 1)}/api/session",
             additional_headers=headers,
             origin=self.origin,  # type: ignore[arg-type]
             compression=None,
@@ -107,7 +106,7 @@ class LiveClient:
         self._socket.send(data)
 
     def request(self, type: str, **fields: Any) -> None:
-        """A message that the server takes in, or raises LiveError. What arrives meanwhile but media is lost."""
+        """A message that the server takes in, or raises LiveError. What arrives meanwhile, media too, is lost."""
         id, self._next_id = self._next_id, self._next_id + 1
         self.send(type, id=id, **fields)
         while True:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,10 @@ from torch import Tensor
 
 from longlive.build import choose_device, choose_model, load_models, make_session_config
 from longlive.builtin import BUILTIN
-from longlive.config import InferenceConfig, config_keys, to_dict
+from longlive.config import ROOT, InferenceConfig, config_keys, to_dict
 from longlive.data.clips import from_uint8
 from longlive.data.shapes.captions import understand
-from longlive.errors import InputError
+from longlive.errors import OUT_OF_MEMORY, InputError, is_out_of_memory
 from longlive.inference.pipeline import download
 from longlive.inference.session import Chunk, Models, Past, Session, SessionConfig
 from longlive.web.messages import (
@@ -63,8 +64,10 @@ def run(connection: Connection, config: ServeConfig, explicit: frozenset[str]) -
             warm_up(models, make_session_config(chosen))
         engine = Engine(models, chosen, send)
         mime = Mp4Stream(chosen.fps, chosen.height, chosen.width, chosen.crf).mime
-    except InputError as error:
-        send(Failed(str(error)))
+    except (InputError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        send(Failed(str(error) if isinstance(error, InputError) else OUT_OF_MEMORY))
         return
     block, factor = chosen.num_frame_per_block, models.vae.config.temporal_factor
     size = chosen.model_name, chosen.height, chosen.width, chosen.fps
@@ -82,10 +85,17 @@ def warm_up(models: Models, config: SessionConfig) -> None:
 
 
 def picture_settings(config: InferenceConfig) -> dict[str, Any]:
-    """The settings that determine the picture, for another run of inference: none that names a file of this machine."""
+    """The settings that determine the picture, for another run of inference.
+
+    Weights are told where they lie in the repository, as in its own configurations, and by their names alone where they
+    lie elsewhere: where they are on this machine is nobody's business, and without them a run says what it lacks.
+    """
     left_out = UNUSED | {"device", "compile", "low_memory", "attention"}
-    left_out |= {name for name, key in config_keys(InferenceConfig).items() if key.path}
     values = to_dict(config)
+    for name, key in config_keys(InferenceConfig).items():
+        if key.path and values[name] is not None:
+            path = Path(values[name])
+            values[name] = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name)
     return {item.name: values[item.name] for item in fields(InferenceConfig) if item.name not in left_out}
 
 
@@ -148,8 +158,8 @@ class Engine:
                 stream = Mp4Stream(config.fps, config.height, config.width, config.crf)
                 try:
                     live = Live(self._models, self._session_config, stream, message)
-                except torch.OutOfMemoryError:
-                    self._send(Broken(message.session, message.epoch, "out of memory"))
+                except (InputError, RuntimeError) as error:
+                    self._break(message.session, message.epoch, error)
                 else:
                     self._sessions[message.session] = live
                     self._check_prompt(message.session, message.epoch, message.prompt)
@@ -173,12 +183,17 @@ class Engine:
                     self._send(Rebuilt(name, epoch, live.stream.init))
             else:
                 prompt, frame = live.prompt, live.session.num_frames
-                first_video_frame = max(0, 1 + self._models.vae.config.temporal_factor * (frame - 1))
+                first_video_frame = self._models.vae.config.num_video_frames(frame)
                 self._deliver(live, prompt, first_video_frame, live.next_block())
-        except (InputError, torch.OutOfMemoryError) as error:
-            self._drop(name)
-            message = str(error) if isinstance(error, InputError) else "out of memory"
-            self._send(Broken(name, epoch, message))
+        except (InputError, RuntimeError) as error:
+            self._break(name, epoch, error)
+
+    def _break(self, name: str, epoch: int, error: InputError | RuntimeError) -> None:
+        """End a session that cannot go on; what is no fault of its own, nor of too little memory, ends the engine."""
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise error
+        self._drop(name)
+        self._send(Broken(name, epoch, str(error) if isinstance(error, InputError) else "out of memory"))
 
     def _deliver(self, live: Live, prompt: str, first_video_frame: int, chunks: list[Chunk]) -> None:
         """Encode and send a block, behind the back of the thread that computes."""

@@ -118,7 +118,7 @@ class Hall:
 
     def request_place(self, session: LiveSession) -> None:
         """Give the session a place, or let it wait for one. Raises ProtocolError where too many wait already."""
-        self._free_unwatched()
+        self._free_unwatched(len(self._queue) + 1)
         if self._num_free() == 0 and len(self._queue) >= self.config.max_queue:
             raise ProtocolError("busy", "all places are taken, and so are those in the queue: try again later")
         session.place = "queued"
@@ -141,16 +141,15 @@ class Hall:
     def _num_free(self) -> int:
         return self.config.max_sessions - sum(session.place == "active" for session in self._sessions.values())
 
-    def _free_unwatched(self) -> None:
-        """While somebody would have to wait, park the session that nobody has watched for longest."""
+    def _free_unwatched(self, num_waiting: int) -> None:
+        """Where free places are too few, park the session that nobody has watched for longest."""
         unwatched = [session for session in self._sessions.values() if session.place == "active" and not session.viewer]
-        if unwatched and self._num_free() <= len(self._queue):
+        if unwatched and self._num_free() < num_waiting:
             min(unwatched, key=lambda session: session.last_seen).park()
 
     def _advance(self) -> None:
         """Give free places to those who wait, and tell the others how far they have come."""
-        if self._queue:
-            self._free_unwatched()
+        self._free_unwatched(len(self._queue))
         while self._queue and self._num_free() > 0:
             session = self._queue.pop(0)
             session.place = "active"

@@ -102,7 +102,7 @@ class LiveSession:
         self._send_branches()
         if self.place == "active":
             self.begin()
-        else:
+        elif self.place == "none":
             self._hall.request_place(self)
         self.announce()
 
@@ -308,10 +308,7 @@ class LiveSession:
                 self._select(self.find_branch(fields["branch"]))
             case "delete":
                 self._delete(self.find_branch(fields["branch"]))
-            case "end":
-                self._hall.end(self, CLOSE_ENDED)
-                return
-        if message.type not in ("played", "ping"):
+        if message.type != "played":
             self.last_active = time.monotonic()
         self.announce()
         self._grant()
@@ -325,8 +322,8 @@ class LiveSession:
         self._prompt_time = time.monotonic()
         if self._is_started:
             self._send(SetPrompt(self.key, self._epoch, text))
-        elif self.place == "active" and self._hall.engine_state == "ready":
-            self.begin()
+        else:
+            self._begin_if_possible()
 
     def _rewind(self, number: int, frame: int, prompt: str | None) -> None:
         branch = self.find_branch(number)
@@ -358,8 +355,7 @@ class LiveSession:
         self._is_paused = False
         self._prompt_time = time.monotonic()
         self._send_branches()
-        if self.place == "active" and self._hall.engine_state == "ready":
-            self.begin()
+        self._begin_if_possible()
 
     def _delete(self, branch: Branch) -> None:
         if branch.number == self._selected:
@@ -368,6 +364,12 @@ class LiveSession:
         blocks = {id(block): block for branch in self._branches.values() for block in branch.blocks}
         self.num_bytes = sum(block.num_bytes for block in blocks.values())
         self._send_branches()
+        if not self._is_started:  # it may have been full
+            self._begin_if_possible()
+
+    def _begin_if_possible(self) -> None:
+        if self.place == "active" and self._hall.engine_state == "ready":
+            self.begin()
 
     def _send_branches(self) -> None:
         branches = [branch.describe() for branch in self._branches.values()]

@@ -216,7 +216,9 @@ class Conversation:
         self._hall = hall
 
     def take(self, text: str | None) -> None:
-        """Obey a message, or say why not."""
+        """Obey a message, or say why not; what comes after an end is not heard."""
+        if self.viewer.close_code is not None:
+            return
         try:
             if text is None:
                 raise ProtocolError("bad_message", "messages are text, not binary")

@@ -54,7 +54,7 @@ def live(config: InferenceConfig, explicit: frozenset[str], lines: TextIO) -> No
 
     At a terminal the video runs at its own pace and a line takes effect at the next block. Otherwise every line is one
     block, an empty one goes on under the same prompt: the same lines always make the same video. Beside the mp4 a
-    prompt file is left that makes it again. Raises InputError where there is no prompt at all.
+    prompt file is left that makes it again. Ctrl-C ends the video as well. Raises InputError where there is no prompt.
     """
     config = choose_model(config, explicit)
     session_config = make_session_config(config)
@@ -71,17 +71,21 @@ def live(config: InferenceConfig, explicit: frozenset[str], lines: TextIO) -> No
         session.set_prompt(prompt)
         if clip is not None:
             _write(writer, session.start_from(clip))
-        while prompt is not None:
-            if config.model_name == BUILTIN and prompt not in story.prompts:
-                parse(prompt)  # warns of what the model does not know
-            session.set_prompt(prompt)
-            chunk = session.next_chunk()
-            story.add(prompt, chunk.latents.shape[1])
-            _write(writer, chunk)
-            if lines.isatty():
-                ahead_s = writer.num_frames / config.fps - (time.monotonic() - start)
-                time.sleep(max(0.0, ahead_s - _AHEAD_S))
-            prompt = read(prompt)
+        try:
+            while prompt is not None:
+                if config.model_name == BUILTIN and prompt not in story.prompts:
+                    parse(prompt)  # warns of what the model does not know
+                session.set_prompt(prompt)
+                chunk = session.next_chunk()
+                _write(writer, chunk)
+                story.add(prompt, chunk.latents.shape[1])
+                if lines.isatty():
+                    ahead_s = writer.num_frames / config.fps - (time.monotonic() - start)
+                    time.sleep(max(0.0, ahead_s - _AHEAD_S))
+                prompt = read(prompt)
+        except KeyboardInterrupt:
+            if not story.prompts:
+                raise
     story.write(path.with_suffix(".jsonl"))
     log.info("%s", path)
 

@@ -364,19 +364,18 @@ def find_tokenizer(path: str | Path) -> Path:
     path = Path(path)
     roots = [path] if path.is_dir() else [path.parent, path.parent.parent]
     for folder in (root / place for root in roots for place in TOKENIZER_PLACES):
-        if folder.is_dir():
+        if (folder / "tokenizer.json").is_file():
             return folder
-    raise InputError(f"{path}: no tokenizer there; looked for {', '.join(TOKENIZER_PLACES)}")
+    places = ", ".join(f"{place}/tokenizer.json" for place in TOKENIZER_PLACES)
+    raise InputError(f"{path}: no tokenizer there; looked for {places}")
 
 
 def weight_files(folder: Path, parts: Iterable[Part[Any]] = PARTS.values()) -> list[Path]:
-    """The files that `parts` are read from in a Wan folder, then `tokenizer.json`; what is not there is left out.
+    """The files that `parts` are read from in a Wan folder, then `tokenizer.json`.
 
-    Of a sharded part this is the index. Raises `InputError` as `find_weights` does.
+    Of a sharded part this is the index. Raises `InputError` for what is not there, as `find_weights` does.
     """
-    files = [find_weights(part, folder) for part in parts if holds(part, folder)]
-    tokenizers = [folder / place / "tokenizer.json" for place in TOKENIZER_PLACES]
-    return files + [path for path in tokenizers if path.is_file()][:1]
+    return [*(find_weights(part, folder) for part in parts), find_tokenizer(folder) / "tokenizer.json"]
 
 
 def read_part(

@@ -112,10 +112,9 @@ def attach_lora(model: WanDiT, rank: int, alpha: float, lora: Lora | None = None
                 model.get_parameter(f"{module}.lora_{side}.default.weight").copy_(tensor)
 
 
-def extract_lora(model: WanDiT) -> StateDict:
-    """The LoRA weights attached to `model`, under PEFT's names."""
-    attached = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
-    return {f"base_model.model.{name.replace('.default', '')}": tensor for name, tensor in attached.items()}
+def peft_names(state: StateDict) -> StateDict:
+    """LoRA weights as a model has them attached, under the names of PEFT's files."""
+    return {f"base_model.model.{name.replace('.default', '')}": tensor for name, tensor in state.items()}
 
 
 def check_targets(lora: Lora, state_dict: StateDict, source: str | Path) -> None:
