@@ -159,15 +159,15 @@ def test_streaming_model(folder: Path) -> None:
         noised = dmd.noised(samples.detach(), torch.tensor([[timestep]]), case.input("score_noise"))
         if role == "G":
             fake, real = scores(dmd, critic, teacher, noised, sequence.prompt, case.input("uncond"))
-            loss, _ = dmd.generator_loss(samples, fake, real, clip.mask)
+            loss, _ = dmd.generator_loss(samples, fake, real, clip.num_new)
         else:
-            loss = dmd.critic_loss(samples, noised, critic, sequence.prompt, clip.mask)
+            loss = dmd.critic_loss(samples, noised, critic, sequence.prompt, clip.num_new)
         loss.backward()
         assert sequence.num_frames == told["current_length"]
         found |= {
             f"chunk{chunk}.chunk": clip.latents,
             f"chunk{chunk}.previous_frames_first": previous[:, :1],
-            f"chunk{chunk}.mask_frames": clip.mask.flatten().long(),
+            f"chunk{chunk}.mask_frames": (torch.arange(size) >= size - clip.num_new).long(),
             f"chunk{chunk}.loss": loss,
         }
         names = case.spec["param_names_generator" if role == "G" else "param_names_critic"]
@@ -196,11 +196,9 @@ def test_dmd(folder: Path, name: str) -> None:
     prompts = [case.input("prompt0")] + ([case.input("prompt1")] if batch > 1 else [])
     text, negative = torch.cat(prompts), case.input("uncond").expand(batch, -1, -1)
     raw = torch.as_tensor(settings["t"]).reshape(-1, 1).expand(batch, 1)
-    mask = None
-    if settings["mask"] is not None:
-        mask = (torch.arange(samples.shape[1]) >= settings["mask"])[:, None, None, None]
+    num_new = None if settings["mask"] is None else samples.shape[1] - settings["mask"]
     noised = dmd.noised(samples.detach(), raw, case.input("score_noise")[:batch])
-    loss, gradient_norm = dmd.generator_loss(samples, *scores(dmd, critic, teacher, noised, text, negative), mask)
+    loss, gradient_norm = dmd.generator_loss(samples, *scores(dmd, critic, teacher, noised, text, negative), num_new)
     loss.backward()
     found = {
         "generator_loss": loss,
@@ -208,9 +206,9 @@ def test_dmd(folder: Path, name: str) -> None:
         "timestep": noised.timesteps[:, :1],
         "grad_latents": samples.grad,
     }
-    for kind, critic_mask in (("critic", None), ("streaming_critic", mask)):
+    for kind, critic_num_new in (("critic", None), ("streaming_critic", num_new)):
         critic.zero_grad()
-        loss = dmd.critic_loss(samples.detach(), noised, critic, text, critic_mask)
+        loss = dmd.critic_loss(samples.detach(), noised, critic, text, critic_num_new)
         loss.backward()
         found |= {f"{kind}_loss": loss} | gradients(case, f"{kind}_", critic)
     case.check_all(f"{name}.", found)

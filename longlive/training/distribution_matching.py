@@ -110,10 +110,10 @@ class DistributionMatching(Stage):
         raw_timesteps = draw.of("timestep").integers(1000, 1)
         noised = dmd.noised(samples, raw_timesteps, draw.of("score noise").normal(*samples.shape[1:]))
         metrics = {"timestep": noised.timesteps[:, 0].mean()}
-        num_frames = int(clip.mask.sum()) * len(samples)
+        num_frames = clip.num_new * len(samples)
         if network == "critic":
             with self.clock.part("critic"):
-                loss = dmd.critic_loss(samples, noised, players.critic, text, clip.mask)
+                loss = dmd.critic_loss(samples, noised, players.critic, text, clip.num_new)
             return Loss(loss, metrics, num_frames)
         negative = self.negative.expand(len(text), -1, -1)
         with torch.no_grad():
@@ -121,7 +121,7 @@ class DistributionMatching(Stage):
                 fake = dmd.guided_x0(players.critic, noised, text, negative, dmd.config.fake_guidance)
             with self.clock.part("teacher"):
                 real = dmd.guided_x0(players.teacher, noised, text, negative, dmd.config.guidance)
-        loss, gradient = dmd.generator_loss(clip.latents, fake, real, clip.mask)
+        loss, gradient = dmd.generator_loss(clip.latents, fake, real, clip.num_new)
         return Loss(loss, metrics | {"gradient": gradient}, num_frames)
 
     def updated(self, network: str) -> None:

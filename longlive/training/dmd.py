@@ -71,27 +71,28 @@ class DMD:
         return cond + guidance * (cond - self.predict_x0(score, noised, negative))
 
     def generator_loss(
-        self, samples: Tensor, fake: Tensor, real: Tensor, mask: Tensor | None = None
+        self, samples: Tensor, fake: Tensor, real: Tensor, num_new: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """½ mean (x - sg(x - g))², with g = (x0_fake - x0_real) / mean |x - x0_real|: its gradient is g up to a factor.
 
-        samples: with gradient; fake, real: the guided x0 of critic and teacher for them, noised; mask: which elements
-        count, broadcast against the samples (the normaliser takes all). Returns the loss (float64) and mean |g|.
+        samples: with gradient; fake, real: the guided x0 of critic and teacher for them, noised; num_new: how many
+        frames at the end count, by default all (the normaliser takes all). Returns the loss (float64) and mean |g|.
         """
         with torch.no_grad():
             scale = (samples - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
             gradient = (fake - real) / scale
             target = (samples - gradient).double()
-        return 0.5 * masked_mean((samples.double() - target).square(), mask), gradient.abs().mean()
+        return 0.5 * mean_of_new((samples.double() - target).square(), num_new), gradient.abs().mean()
 
     def critic_loss(
-        self, samples: Tensor, noised: Noised, critic: Score, text: Tensor, mask: Tensor | None = None
+        self, samples: Tensor, noised: Noised, critic: Score, text: Tensor, num_new: int | None = None
     ) -> Tensor:
-        """Flow matching on the generator's samples: mean (v - (noise - x))²."""
+        """Flow matching on the generator's samples: mean (v - (noise - x))² of the newest `num_new` frames, or all."""
         flow = x0_to_flow(self.predict_x0(critic, noised, text), noised.xt, noised.sigma)
-        return masked_mean((flow - (noised.noise - samples)).square(), mask)
+        return mean_of_new((flow - (noised.noise - samples)).square(), num_new)
 
 
-def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over the elements where `mask`, broadcast against `values`, is true; over all without a mask."""
-    return values.mean() if mask is None else values[mask.expand_as(values)].mean()
+def mean_of_new(values: Tensor, num_new: int | None) -> Tensor:
+    """Mean over the last `num_new` frames of values [B, F, ...], over all where it is None; the device is not waited
+    for, as it would be with a mask."""
+    return (values if num_new is None else values[:, -num_new:]).mean()

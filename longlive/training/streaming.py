@@ -32,10 +32,10 @@ class ChunkNoise:
 
 @dataclass(frozen=True)
 class Clip:
-    """What a loss looks at. latents [B, F, C, height, width]; mask [F, 1, 1, 1]: true on frames that are new."""
+    """What a loss looks at. latents [B, F, C, height, width]; num_new: frames at its end that count, the new ones."""
 
     latents: Tensor
-    mask: Tensor
+    num_new: int
 
 
 class StreamingSequence:
@@ -118,11 +118,10 @@ def make_clip(vae: WanVAE, previous: Tensor | None, new: Tensor, num_frames: int
     """
     if previous is None:
         assert new.shape[1] == num_frames, f"the first chunk has {new.shape[1]} frames, a clip {num_frames}"
-        return Clip(new, torch.ones(num_frames, 1, 1, 1, dtype=torch.bool, device=new.device))
+        return Clip(new, num_frames)
     frames = torch.cat([previous, new], dim=1)
     num_before = frames.shape[1] - num_frames
     with torch.no_grad():
         picture = vae.decode_last(frames[:, : num_before + 1]).clamp(-1, 1)
         first = vae.encode(picture).to(frames.dtype)
-    is_new = torch.arange(num_frames, device=new.device) >= num_frames - new.shape[1]
-    return Clip(torch.cat([first, frames[:, num_before + 1 :]], dim=1), is_new[:, None, None, None])
+    return Clip(torch.cat([first, frames[:, num_before + 1 :]], dim=1), min(new.shape[1], num_frames))
