@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # What the parts of the method are worth in the Shapes world: students that differ in one thing, with fewer steps than
-# those of train_shapes.sh, from its teacher and causal model; then what each of them makes of held-out scenes.
+# those of train_shapes.sh, from its teacher and, where that is not what differs, its causal model; then what each of
+# them makes of held-out scenes. Those of absolute positions differ in length and number of clips as well.
 #
 #   bash scripts/ablate_shapes.sh FOLDER [NAME ...]     FOLDER of train_shapes.sh; NAMEs: default all, one after another
 #   ABLATE_SETTINGS="device=cpu …" EVALUATE_SETTINGS="…"  more settings of every stage, of every evaluation
 #
-# Figures go to FOLDER/ablations/NAME.json. Several of these at a time may share a GPU, once "base" has been trained.
+# Figures go to FOLDER/ablations/NAME.json. Several of these at a time may share a GPU, once those are trained that
+# others go on from: base, and for relative_later absolute.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. "$(dirname "${BASH_SOURCE[0]}")/shapes_stages.bash"
 runs="$(realpath -m "${1:?usage: bash scripts/ablate_shapes.sh FOLDER [NAME ...]}")"
 all=(base stage_1 no_sink sink_unused sink_6 window_6 window_9 window_21 no_switch lora_8 lora_64)
 all+=(never_switched plain_past absolute relative_later)
@@ -18,17 +20,12 @@ for name in "${names[@]}"; do
 done
 out="$runs/ablations"
 within_video="model_kwargs.use_infinite_attention=false"
-python="$(bash scripts/setup.sh)"
 read -ra more <<<"${ABLATE_SETTINGS:-}"
 read -ra measured <<<"${EVALUATE_SETTINGS:-}"
 
 train() { # stage, name, init_logdir, settings
-    local folder="$out/$2/$1"
-    [[ -e "$folder/done" ]] && return
-    "$python" -m longlive train --config_path "configs/shapes_$1.yaml" logdir="$folder" init_logdir="$3" seed=7 \
-        vae_ckpt="$runs/vae/vae.safetensors" real_ckpt="$runs/teacher/generator.safetensors" "${@:4}" "${more[@]}"
-    [[ -e "$folder/inference.yaml" ]] || exit 1 # stopped by a signal
-    touch "$folder/done"
+    train_once "$1" "$out/$2/$1" init_logdir="$3" seed=7 vae_ckpt="$runs/vae/vae.safetensors" \
+        real_ckpt="$runs/teacher/generator.safetensors" "${@:4}" "${more[@]}"
 }
 train_init() { # name, settings; from the causal model of this name, where it has one
     local causal="$out/$1/causal_init"
@@ -53,7 +50,7 @@ absolute() { # positions within the video in all stages, and clips no longer tha
 }
 evaluate() { # name, folder of the run, settings
     [[ -e "$out/$1.json" ]] && return
-    "$python" -m longlive evaluate --suite shapes --seed 1 --json "$out/$1.json" --config_path "$2/inference.yaml" \
+    longlive evaluate --suite shapes --seed 1 --json "$out/$1.json" --config_path "$2/inference.yaml" \
         batch_size=200 "lengths_s=[5,30,60]" "${@:3}" "${measured[@]}"
 }
 
@@ -67,7 +64,8 @@ for name in "${names[@]}"; do
         sink_6) both sink_6 model_kwargs.sink_size=6 model_kwargs.local_attn_size=15 ;; # and the same past as ever
         window_*) both "$name" model_kwargs.local_attn_size="${name#window_}" ;;
         no_switch) # in streaming
-            train_init base && train_long no_switch base switch_mode=none
+            train_init base
+            train_long no_switch base switch_mode=none
             ;;
         never_switched) # in teacher forcing neither
             causal_init never_switched switch_share=0
@@ -82,14 +80,18 @@ for name in "${names[@]}"; do
             train_init base
             train_long "$name" base adapter.type=lora adapter.rank="${name#lora_}" adapter.alpha="${name#lora_}" lr=1.6e-4
             ;;
-        stage_1) train_init base && folder="$out/base/train_init" ;; # before streaming
+        stage_1) # before streaming
+            train_init base
+            folder="$out/base/train_init"
+            ;;
         absolute) absolute ;; # positions within the video, not the window
         relative_later) # positions within the window, where training had those within the video
             absolute
             folder="$out/absolute/train_long" settings=(model_kwargs.use_infinite_attention=true)
             ;;
         sink_unused) # trained with a sink
-            both base && folder="$out/base/train_long" settings=(model_kwargs.sink_size=0)
+            both base
+            folder="$out/base/train_long" settings=(model_kwargs.sink_size=0)
             ;;
     esac
     evaluate "$name" "$folder" "${settings[@]}"

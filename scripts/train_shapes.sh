@@ -2,30 +2,21 @@
 # Everything of the Shapes world from nothing: VAE, teacher, causal model, Self-Forcing, streaming. Minutes on a large
 # GPU, days on a CPU. Interrupted, the same command goes on where it stopped.
 #
-#   bash scripts/train_shapes.sh [FOLDER] [key=value ...]     FOLDER of the runs: default runs/shapes; settings: of every stage
+#   bash scripts/train_shapes.sh [FOLDER] [key=value ...]     FOLDER of the runs: default the repository's runs/shapes; settings: of every stage
 #   CAUSAL_INIT=ode bash scripts/train_shapes.sh ...          the causal model by ODE regression, not by teacher forcing
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-runs="runs/shapes"
+. "$(dirname "${BASH_SOURCE[0]}")/shapes_stages.bash"
+runs="$root/runs/shapes"
 if (($#)) && [[ $1 != *=* ]]; then
-    runs="$1"
+    runs="$(realpath -m "$1")"
     shift
 fi
-runs="$(realpath -m "$runs")"
-python="$(bash scripts/setup.sh)"
 settings=("$@")
 
 train() { # stage, then what it begins with
-    if [[ -e "$runs/$1/done" ]]; then
-        echo "train_shapes: $1 is done" >&2
-        return
-    fi
     echo "train_shapes: $1" >&2
-    "$python" -m longlive train --config_path "configs/shapes_$1.yaml" logdir="$runs/$1" "${@:2}" "${settings[@]}"
-    [[ -e "$runs/$1/$(weights_of "$1")" ]] || exit 1 # stopped by a signal
-    touch "$runs/$1/done"
+    train_once "$1" "$runs/$1" "${@:2}" "${settings[@]}"
 }
-weights_of() { if [[ $1 == vae ]]; then echo vae.safetensors; else echo generator.safetensors; fi; }
 
 vae="vae_ckpt=$runs/vae/vae.safetensors"
 teacher="$runs/teacher/generator.safetensors"
@@ -34,7 +25,7 @@ train teacher "$vae"
 if [[ ${CAUSAL_INIT:-teacher_forcing} == ode ]]; then
     common=() # the settings that making clips knows too
     for setting in "${settings[@]}"; do [[ $setting == @(seed|device|num_scenes|batch_size)=* ]] && common+=("$setting"); done
-    "$python" -m longlive clips --config_path configs/shapes_clips.yaml "$vae" real_ckpt="$teacher" \
+    longlive clips --config_path "$root/configs/shapes_clips.yaml" "$vae" real_ckpt="$teacher" \
         output_folder="$runs/clips" "${common[@]}"
     # clips as long as the teacher's, without what only scenes can show
     train causal_init "$vae" init_logdir="$runs/teacher" world=null clips_path="$runs/clips/clips.jsonl" \

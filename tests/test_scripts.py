@@ -155,6 +155,30 @@ def test_training_scripts_pass_on_their_arguments(stage: str, tmp_path: Path) ->
     assert done.stdout.splitlines() == ["-m", "longlive", "train", "--config_path", config, "a=b c", "--x"]
 
 
+TRAINED = """
+for word in "$@"; do [[ $word != logdir=* ]] || logdir="${word#logdir=}"; done
+echo "${logdir#"$PWD"/} ${*: -1}" >>told
+[[ $logdir == */"${STOPS:-}" ]] || touch "$logdir/generator.safetensors" "$logdir/vae.safetensors"
+"""  # every stage trains in no time; one may be stopped
+
+
+def test_a_world_is_trained_stage_by_stage_once(tmp_path: Path) -> None:
+    variables = stand_in(tmp_path, TRAINED)
+    stages = ["vae", "teacher", "causal_init", "train_init", "train_long"]
+    (tmp_path / "shapes" / "teacher").mkdir(parents=True)
+    (tmp_path / "shapes" / "teacher" / "generator.safetensors").touch()  # exported on the way
+    stopped = run("scripts/train_shapes.sh", "shapes", "seed=3", cwd=tmp_path, STOPS="teacher", **variables)
+    assert stopped.returncode == 1
+    assert (tmp_path / "told").read_text() == "shapes/vae seed=3\nshapes/teacher seed=3\n"
+    done = run("scripts/train_shapes.sh", "shapes", "seed=3", cwd=tmp_path, **variables)
+    assert done.returncode == 0, done.stderr
+    told = (tmp_path / "told").read_text().splitlines()
+    assert told == [f"shapes/{stage} seed=3" for stage in ("vae", "teacher", *stages[1:])]
+    again = run("scripts/train_shapes.sh", "shapes", "seed=3", cwd=tmp_path, **variables)
+    assert again.returncode == 0
+    assert (tmp_path / "told").read_text().splitlines() == told
+
+
 TOLD = "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT"
 
 
