@@ -149,17 +149,25 @@ class ModelKwargs(Section):
     timestep_shift: float = setting(5.0, "warp of the noise schedule; larger = more steps at high noise", POSITIVE)
     use_infinite_attention: bool = setting(False, "positions relative to the window: unlimited length")
 
+    def check_window(self, block: int) -> None:
+        """Raise InputError unless the window holds the sink and a block of this many latent frames."""
+        if -1 != self.local_attn_size < self.sink_size + block:
+            raise InputError(
+                f"model_kwargs.local_attn_size={self.local_attn_size}: must be -1 or hold the sink and one block, at "
+                f"least sink_size + num_frame_per_block = {self.sink_size} + {block}"
+            )
+
 
 @dataclass(frozen=True)
 class AdapterSettings(Section):
-    """How the LoRA of `lora_ckpt` was made. The published keys that only training uses are accepted as well."""
+    """How the LoRA of `lora_ckpt` was made. Published keys that mean nothing here are accepted as well."""
 
     type: str = setting("lora", "kind of adapter", one_of("lora"))
     rank: int = setting(256, "LoRA rank", at_least(1))
     alpha: float = setting(256.0, "LoRA scale is alpha / rank", POSITIVE)
-    dropout: float = setting(0.0, "LoRA dropout rate; training only", between(0, 1))
-    dtype: str = setting("bfloat16", "type of the LoRA weights; training only", one_of(*DTYPES))
-    verbose: bool = setting(False, "log the adapted modules; training only")
+    dropout: float = setting(0.0, "published, without effect", between(0, 1))
+    dtype: str = setting("bfloat16", "published, without effect: the LoRA takes the model's", one_of(*DTYPES))
+    verbose: bool = setting(False, "published, without effect")
 
 
 @dataclass(frozen=True)
@@ -233,11 +241,7 @@ class InferenceConfig(Section):
             raise InputError(
                 f"num_output_frames={frames}: must be a multiple of num_frame_per_block={block}; nearest: {nearest}"
             )
-        if -1 != model.local_attn_size < model.sink_size + block:
-            raise InputError(
-                f"model_kwargs.local_attn_size={model.local_attn_size}: must be -1 or hold the sink and one block, at "
-                f"least sink_size + num_frame_per_block = {model.sink_size} + {block}"
-            )
+        model.check_window(block)
 
     @property
     def prompts(self) -> tuple[str, ...]:

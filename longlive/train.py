@@ -18,9 +18,10 @@ from longlive.build import (
     choose_dtype,
     place_encoder,
 )
-from longlive.config import to_dict, to_yaml
+from longlive.config import InferenceConfig, to_dict, to_yaml
 from longlive.data.clips import PixelClips, PixelPool, PixelSource
 from longlive.data.order import Order
+from longlive.data.shapes import HEIGHT, WIDTH
 from longlive.data.shapes.clips import ShapesClips
 from longlive.distributed import is_main, local_world_size, world_size
 from longlive.errors import InputError
@@ -170,11 +171,13 @@ def inference_settings(config: TrainConfig) -> dict[str, Any]:
         *("model_name", "wan_folder", "vae_ckpt", "height", "width", "fps", "num_frame_per_block"),
         *("warp_denoising_step", "context_noise", "global_sink"),
     )
+    block = config.num_frame_per_block
     return {key: getattr(config, key) for key in same} | {
         "generator_ckpt": str(Path(config.logdir) / GENERATOR),
         "lora_ckpt": None,
         "denoising_step_list": list(config.denoising_step_list),
         "model_kwargs": asdict(config.model_kwargs),
+        "num_output_frames": -(-InferenceConfig.num_output_frames // block) * block,
         "output_folder": str(Path(config.logdir) / "videos"),
     }
 
@@ -226,7 +229,10 @@ def pixel_clips(config: TrainConfig, device: torch.device) -> PixelSource:
         return PixelClips(config.clips_path, config.height, config.width, num_video_frames, config.fps)
     clips = ShapesClips(config.num_scenes, config.seed, num_video_frames, device=device)
     batches = world_batches(range(len(clips)), num_video_frames, device)
-    return PixelPool(torch.cat([clips.frames(numbers) for numbers in batches]))
+    pixels = torch.empty(len(clips), num_video_frames, HEIGHT, WIDTH, 3, dtype=torch.uint8, device=device)
+    for numbers in batches:
+        pixels[numbers] = clips.frames(numbers)
+    return PixelPool(pixels)
 
 
 def num_statistics_clips(config: TrainConfig) -> int:

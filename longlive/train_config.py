@@ -11,6 +11,7 @@ from typing import Any
 
 from longlive.config import (
     DEVICE,
+    DTYPES,
     FRAME_NUMBERS,
     MULTIPLE_OF_16,
     POSITIVE,
@@ -78,6 +79,9 @@ class TrainAdapterSettings(AdapterSettings):
     """LoRA training: what is trained beside the frozen weights."""
 
     type: str = setting("none", "lora = train LoRA weights; none = train all weights", one_of("lora", "none"))
+    dropout: float = setting(0.0, "published; there is none", Rule("0", lambda value: value == 0))
+    dtype: str = setting("bfloat16", "published, without effect: masters are float32", one_of(*DTYPES))
+    verbose: bool = setting(False, "published, without effect")
     apply_to_critic: bool = setting(True, "the critic is trained by LoRA too; false = all of it")
 
 
@@ -257,7 +261,7 @@ class TrainConfig(Section):
             if not new < self.clip_frames <= self.streaming_max_length:
                 raise InputError(
                     f"streaming_min_new_frame={new}, streaming_chunk_size={self.clip_frames}, streaming_max_length="
-                    f"{self.streaming_max_length}: each must be less than the next"
+                    f"{self.streaming_max_length}: new frames must be less than a chunk, a chunk not more than all"
                 )
         if self.stage == "streaming" and not self.train_first_chunk:
             shortest = self.clip_frames + self.streaming_min_new_frame
@@ -268,20 +272,16 @@ class TrainConfig(Section):
                 )
         if self.picture_share and self.stage not in ("vae", "pretrain"):
             raise InputError(f"picture_share={self.picture_share}: not available with stage={self.stage}")
-        if self.stage not in CAUSAL and (self.vis_interval or self.has_lora):
-            key = "vis_interval" if self.vis_interval else "adapter.type=lora"
-            if self.stage == "vae" or key == "vis_interval":
-                raise InputError(f"{key}: not available with stage={self.stage}")
+        if self.vis_interval and self.stage not in CAUSAL:
+            raise InputError(f"vis_interval: not available with stage={self.stage}")
+        if self.has_lora and self.stage == "vae":
+            raise InputError(f"adapter.type=lora: not available with stage={self.stage}")
         wrong = [f"{name}={frames}" for name, frames in lengths.items() if self.stage in CAUSAL and frames % block]
         if self.vis_interval and any(frames % block or frames < 1 for frames in self.vis_video_lengths):
             wrong.append(f"vis_video_lengths={list(self.vis_video_lengths)}")
         if wrong:
             raise InputError(f"{wrong[0]}: must be a multiple of num_frame_per_block={block}")
-        if -1 != model.local_attn_size < model.sink_size + block:
-            raise InputError(
-                f"model_kwargs.local_attn_size={model.local_attn_size}: must be -1 or hold the sink and one block, at "
-                f"least sink_size + num_frame_per_block = {model.sink_size} + {block}"
-            )
+        model.check_window(block)
         if model.use_infinite_attention and self.stage not in CAUSAL:
             raise InputError(f"model_kwargs.use_infinite_attention=true: not available with stage={self.stage}")
         if model.use_infinite_attention and self.recache_policy == "published":
@@ -381,7 +381,8 @@ def translate_published(values: Values) -> Values:
     translated: Values = {}
     ignored = [name for name in values if name.partition(".")[0] in PUBLISHED_WITHOUT_EFFECT]
     if ignored:
-        log.info("without effect here: %s", ", ".join(ignored))
+        told = ", ".join(f"{name} ({PUBLISHED_WITHOUT_EFFECT[name.partition('.')[0]]})" for name in ignored)
+        log.info("without effect here: %s", told)
     for name, value in values.items():
         if name not in ignored:
             translated |= _translate(name, value)

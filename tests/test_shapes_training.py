@@ -189,6 +189,7 @@ def test_every_ablation_has_its_settings() -> None:
         ("vae", ("height=80",), "world=shapes: its pictures are of height=64, width=96, fps=16"),
         ("vae", ("clips_path=clips.jsonl",), "there can be only one of them"),
         ("vae", ("world=cubes",), "world=cubes: must be one of shapes"),
+        ("train_long", ("adapter.type=lora", "adapter.dropout=0.1"), "adapter.dropout=0.1: must be 0"),
     ],
 )
 def test_wrong_settings(

@@ -238,7 +238,7 @@ def test_fewer_processes_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 
     with caplog.at_level(logging.WARNING):
         train(replace(LORA, batch_size=2), one)
-    assert "samples a step" not in caplog.text
+    assert "samples at a time" not in caplog.text
     assert_close_run(one, two, first_step=4)
 
     # With half of the samples the sequence cannot go on, and another begins, with the next prompts.
@@ -246,7 +246,7 @@ def test_fewer_processes_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         stage = trainer.stage
         assert isinstance(stage, Streaming)
         trainer.resume(newest(small))
-        assert "The checkpoint is of 2 samples a step, now 1." in caplog.text
+        assert "The checkpoint is of 2 samples at a time, now 1." in caplog.text
         assert (trainer.progress.step, stage.num_items_used, stage.sequence) == (3, 2, None)
         saved = read_state(newest(small), "networks.generator.weights")
         loaded = trainer.networks["generator"].state()["weights"]

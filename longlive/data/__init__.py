@@ -1,1 +1,1 @@
-"""What models are fed: prompt files."""
+"""What models are fed: prompt files, clips, scenes of worlds, and in which order."""

@@ -147,7 +147,7 @@ def judge_scenes(
 def judge_teacher(config: EvaluateConfig, studio: Studio, scenes: Sequence[Scene]) -> list[Reading]:
     """Clips of the teacher for every scene, as the clips command makes them."""
     vae = studio.models.vae
-    num_frames = 1 + (WINDOW_VIDEO_FRAMES - 1) // vae.config.temporal_factor
+    num_frames = vae.config.num_latent_frames(WINDOW_VIDEO_FRAMES)
     clips = teacher_clips(config, derived_seed(config.seed, "teacher"), num_frames)
     make = make_teacher(clips, [prompt_of(scene) for scene in scenes])
     readings = []

@@ -21,9 +21,8 @@ class Studio:
 
     def whole_blocks(self, num_video_frames: int) -> int:
         """The video frames of the whole blocks that hold this many."""
-        factor, block = self.models.vae.config.temporal_factor, self.session.sampler.frames_per_block
-        num_frames = 1 + -(-(num_video_frames - 1) // factor)
-        return 1 + factor * (-(-num_frames // block) * block - 1)
+        vae, block = self.models.vae.config, self.session.sampler.frames_per_block
+        return vae.num_video_frames(-(-vae.num_latent_frames(num_video_frames) // block) * block)
 
     def play(self, session: Session, num_video_frames: int) -> Iterator[Tensor]:
         """Pixels [B, V, height, width, 3] uint8 of blocks, until there are this many frames."""

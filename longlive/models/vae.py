@@ -85,6 +85,10 @@ class VAEConfig:
         """Video frames of the first `num_frames` latent ones: the first one is one, every other several."""
         return max(0, 1 + self.temporal_factor * (num_frames - 1))
 
+    def num_latent_frames(self, num_video_frames: int) -> int:
+        """Latent frames that hold the first `num_video_frames` video frames."""
+        return 1 + -(-(num_video_frames - 1) // self.temporal_factor)
+
 
 @dataclass
 class StreamCache:

@@ -299,7 +299,10 @@ class Trainer:
         self.checkpoints.save(self.progress.step, self._state())
 
     def resume(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint. With another number of samples a step, what a stage keeps of its samples is lost."""
+        """Go on from a checkpoint.
+
+        In another number of processes or with another `batch_size`, what a stage keeps of its samples is lost.
+        """
         counts: dict[str, Any] = {"progress": self._counts(), "stage": {"values": {}}}
         keys = self.checkpoints.keys(checkpoint)
         prefix = "stage.values."
@@ -317,7 +320,7 @@ class Trainer:
 
         fits = found["num_samples"] == self.num_samples
         if not fits:
-            log.warning("The checkpoint is of %d samples a step, now %d.", found["num_samples"], self.num_samples)
+            log.warning("The checkpoint is of %d samples at a time, now %d.", found["num_samples"], self.num_samples)
         self.stage.restore(counts["stage"]["values"], self.config.batch_size, fill if fits else None)
         for name in self.networks:
             self.stage.updated(name)

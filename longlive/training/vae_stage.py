@@ -78,8 +78,8 @@ class Autoencoder(nn.Module):
 def latent_shape(pixels: Tensor, config: VAEConfig) -> tuple[int, int, int, int, int]:
     """[B, f, z_dim, h, w] of the latents of pixels [B, V, 3, H, W]."""
     batch, num_video_frames, _channels, height, width = pixels.shape
-    num_frames = 1 + (num_video_frames - 1) // config.temporal_factor
-    return batch, num_frames, config.z_dim, height // config.spatial_factor, width // config.spatial_factor
+    factor = config.spatial_factor
+    return batch, config.num_latent_frames(num_video_frames), config.z_dim, height // factor, width // factor
 
 
 @dataclass(frozen=True)
