@@ -247,7 +247,7 @@ def weight_files(config: InferenceConfig) -> list[Path]:
     instead: dict[str, Part[Any]] = {"generator_ckpt": DIT, "vae_ckpt": VAE}  # of Wan's own
     named = {key: getattr(config, key) for key in (*instead, "lora_ckpt")}
     if config.model_name != BUILTIN:
-        named["wan"] = str(wan_path(config))
+        named["wan_folder"] = str(wan_path(config))
     files = {name: Path(path) for name, path in named.items() if path is not None}
     for name, path in files.items():
         if not path.exists():
@@ -255,9 +255,9 @@ def weight_files(config: InferenceConfig) -> list[Path]:
                 f"{name}: {path} does not exist; bash scripts/download_weights.sh fetches the published weights"
             )
     found = []
-    if "wan" in files:
+    if "wan_folder" in files:
         replaced = {part.name for key, part in instead.items() if key in files}
-        found += wan_files(files["wan"], [part for part in PARTS.values() if part.name not in replaced])
+        found += wan_files(files["wan_folder"], [part for part in PARTS.values() if part.name not in replaced])
     if "generator_ckpt" in files:
         found.append(find_weights(DIT, files["generator_ckpt"]))
     elif config.model_name == BUILTIN:

@@ -259,7 +259,10 @@ def check_prompts(writer: ClipWriter, prompts: Sequence[str]) -> None:
     lines = read_index(writer.index, "latents") if writer.num_clips else []
     for line, prompt in zip(lines, prompts, strict=False):
         if line.prompt != prompt:
-            raise InputError(f"{line.where}: has another prompt than data_path gives it; name another output_folder")
+            raise InputError(
+                f"{line.where}: has another prompt than data_path gives it now; a line taken out renumbers those after "
+                "it: replace it instead, or name another output_folder"
+            )
 
 
 def part_name(number: int) -> str:

@@ -38,7 +38,7 @@ from longlive.train_build import (
 from longlive.train_config import CAUSAL, TrainConfig, load_train_config
 from longlive.train_inputs import Inputs, read_base, read_inputs
 from longlive.train_world import world_batches
-from longlive.training.checkpoint import Checkpoints, check_identity, find_latest
+from longlive.training.checkpoint import Checkpoints, check_identity, find_latest, read_identity
 from longlive.training.clock import Clock
 from longlive.training.draw import Pictures, derived_seed
 from longlive.training.export import GENERATOR, export, export_vae
@@ -136,7 +136,7 @@ def export_checkpoint(config: TrainConfig, checkpoint: Path) -> None:
         batches = (clips.pixels([order[i]]).to(device) for i in range(num_clips))
         written = export_vae(checkpoint, folder, batches, device)
     else:
-        written = export(checkpoint, folder, read_base(config) if config.has_lora else None, config.adapter.alpha)
+        written = export(checkpoint, folder, base_of(checkpoint, config), config.adapter.alpha)
     for path in written:
         log.info("wrote %s", path)
     if config.stage in CAUSAL:
@@ -144,6 +144,18 @@ def export_checkpoint(config: TrainConfig, checkpoint: Path) -> None:
         with atomic_file(path) as file:
             file.write(to_yaml(inference_settings(config)).encode())
         log.info("see what it has learnt: bash inference.sh --config_path %s", path)
+
+
+def base_of(checkpoint: Path, config: TrainConfig) -> Weights | None:
+    """The weights that a checkpoint's LoRA lies beside; none where all are trained. Raises InputError for others."""
+    if not config.has_lora:
+        return None
+    base = read_base(config)
+    if source_of(base) != read_identity(checkpoint)["begun_with"][0]:
+        raise InputError(
+            f"{base.source}: is not what the LoRA in {checkpoint} was trained beside; it has changed since"
+        )
+    return base
 
 
 def check_processes(config: TrainConfig) -> None:
@@ -204,7 +216,7 @@ def run_identity(config: TrainConfig, inputs: Inputs) -> dict[str, Any]:
         "seed": config.seed,
         "generator": inputs.generator.config.told(),
         "critic": None if inputs.critic is None else inputs.critic.config.told(),
-        "begun_with": [source_of(network) for network in begun_with] if config.has_lora else None,
+        "begun_with": [source_of(network) for network in begun_with],
         "max_frames": config.streaming_max_length if config.model_kwargs.local_attn_size == -1 else None,
         "adapter": {key: getattr(config.adapter, key) for key in keys},
         "ema": config.ema_weight > 0,
@@ -216,7 +228,7 @@ def run_identity(config: TrainConfig, inputs: Inputs) -> dict[str, Any]:
 
 
 def source_of(weights: Weights) -> str:
-    """What a LoRA lies beside: the fingerprint of its file, or what takes a file's place."""
+    """What a network began with, or its LoRA lies beside: its file's fingerprint, or what takes a file's place."""
     path = Path(weights.source)
     return fingerprint(find_weights(DIT, path)) if path.exists() else str(weights.source)
 

@@ -28,7 +28,7 @@ from longlive.training.networks import (
     check_weights,
 )
 from longlive.weights.files import StateDict, read_checkpoint, read_json, shorten
-from longlive.weights.formats import read_dit, read_generator
+from longlive.weights.formats import has_network, read_dit, read_generator
 from longlive.weights.lora import Lora, check_rank, check_targets, read_lora
 
 CLIP_SETTINGS = "settings.json"
@@ -210,16 +210,20 @@ def read_critic(config: TrainConfig) -> Weights:
     """The critic's weights to begin with: named, or exported by the stage before, or those of the Wan model."""
     exported = Path(config.init_logdir or "") / CRITIC
     path = config.critic_ckpt or (str(exported) if config.init_logdir and exported.exists() else None)
-    return read_network(config.wan_folder, path, config.fake_name or config.model_name, "fake_name")
+    entry = "critic" if path is not None and has_network(path, "critic") else "generator"
+    return read_network(config.wan_folder, path, config.fake_name or config.model_name, "fake_name", entry)
 
 
-def read_network(wan_folder: str, path: str | None, name: str, key: str) -> Weights:
-    """A transformer from the file `path`, or of the Wan model called `name`, which the configuration's `key` tells."""
+def read_network(wan_folder: str, path: str | None, name: str, key: str, entry: str = "generator") -> Weights:
+    """A transformer from the file `path`, or of the Wan model called `name`, which the configuration's `key` tells.
+
+    entry: which one of a training checkpoint that holds several.
+    """
     if path is None and name == BUILTIN:
         return Weights(*read_dit(BUILTIN_GENERATOR), "the built-in model")
     if path is not None:
         folder = find_wan_folder(wan_folder, name)
-        source, (dit_config, state) = path, read_generator(path, folder)
+        source, (dit_config, state) = path, read_generator(path, folder, entry)
     else:
         source = str(existing_folder(wan_folder, name, key))
         dit_config, state = read_dit(source)

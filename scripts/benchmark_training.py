@@ -152,7 +152,8 @@ def main() -> None:
             checkpoints.wait()
             figures["save_s"] = round(time.perf_counter() - start, 2)
         if group.is_main:
-            clips = config.dfake_gen_update_ratio * group.world_size * config.batch_size
+            num_samples = group.world_size * config.batch_size * config.num_rounds(group.world_size)
+            clips = config.dfake_gen_update_ratio * num_samples
             settings = {
                 "preset": args.preset,
                 "teacher": args.teacher,

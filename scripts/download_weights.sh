@@ -9,8 +9,10 @@ usage: bash scripts/download_weights.sh [--teacher] [--help]
 Fetches into the repository:
   wan_models/Wan2.1-T2V-1.3B   Wan-AI/Wan2.1-T2V-1.3B: transformer, VAE, text encoder (about 17 GB)
   longlive_models              Efficient-Large-Model/LongLive-1.3B: models/longlive_base.pt, models/lora.pt
-With --teacher also:
-  wan_models/Wan2.1-T2V-14B    Wan-AI/Wan2.1-T2V-14B, the teacher for training (about 69 GB)
+With --teacher also all that training takes:
+  wan_models/Wan2.1-T2V-14B    Wan-AI/Wan2.1-T2V-14B, the teacher (about 69 GB)
+  checkpoints/ode_init.pt      gdhe17/Self-Forcing: a causal model to begin with (about 6 GB)
+  prompts                      Efficient-Large-Model/LongLive-1.3B: the prompts before and after a switch
 
 Run it again after an interruption: it resumes. HF_TOKEN, HF_ENDPOINT and HF_HOME are honoured.
 TEXT
@@ -37,4 +39,6 @@ fi
 "$hf" download Efficient-Large-Model/LongLive-1.3B --include "models/*" --local-dir longlive_models
 if $teacher; then
     "$hf" download Wan-AI/Wan2.1-T2V-14B --local-dir wan_models/Wan2.1-T2V-14B
+    "$hf" download gdhe17/Self-Forcing checkpoints/ode_init.pt --local-dir .
+    "$hf" download Efficient-Large-Model/LongLive-1.3B --include "prompts/*" --local-dir .
 fi

@@ -5,10 +5,15 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" # an interpreter of LONGLIV
 
 longlive() { "$python" -m longlive "$@"; }
 
-train_once() { # stage, folder of the run, settings
-    local weights="$2/generator.safetensors"
+train_once() { # stage, folder of the run below $runs, settings
+    local weights="$2/generator.safetensors" asked="${*:3}"
     [[ $1 != vae ]] || weights="$2/vae.safetensors"
+    asked="${asked//"$runs/"/}"
     if [[ -e "$2/done" ]]; then
+        [[ ! -s "$2/done" || $asked == "$(<"$2/done")" ]] || {
+            echo "error: $2: was trained with $(<"$2/done"), not with $asked; name another FOLDER" >&2
+            exit 2
+        }
         echo "$2: is done" >&2
         return
     fi
@@ -16,5 +21,5 @@ train_once() { # stage, folder of the run, settings
     touch "$2/begun"
     longlive train --config_path "$root/configs/shapes_$1.yaml" logdir="$2" "${@:3}"
     [[ "$weights" -nt "$2/begun" ]] || exit 1 # stopped by a signal; weights that lie there were exported on the way
-    touch "$2/done"
+    echo "$asked" >"$2/done"
 }

@@ -25,7 +25,7 @@ train teacher "$vae"
 if [[ ${CAUSAL_INIT:-teacher_forcing} == ode ]]; then
     common=() # the settings that making clips knows too
     for setting in "${settings[@]}"; do [[ $setting == @(seed|device|num_scenes|batch_size)=* ]] && common+=("$setting"); done
-    longlive clips --config_path "$root/configs/shapes_clips.yaml" "$vae" real_ckpt="$teacher" \
+    [[ -e "$runs/causal_init/done" ]] || longlive clips --config_path "$root/configs/shapes_clips.yaml" "$vae" real_ckpt="$teacher" \
         output_folder="$runs/clips" "${common[@]}"
     # clips as long as the teacher's, without what only scenes can show
     train causal_init "$vae" init_logdir="$runs/teacher" world=null clips_path="$runs/clips/clips.jsonl" \

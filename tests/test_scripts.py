@@ -177,6 +177,13 @@ def test_a_world_is_trained_stage_by_stage_once(tmp_path: Path) -> None:
     again = run("scripts/train_shapes.sh", "shapes", "seed=3", cwd=tmp_path, **variables)
     assert again.returncode == 0
     assert (tmp_path / "told").read_text().splitlines() == told
+    other = run("scripts/train_shapes.sh", "shapes", "seed=4", cwd=tmp_path, **variables)
+    assert other.returncode == 2
+    assert other.stderr.endswith("shapes/vae: was trained with seed=3, not with seed=4; name another FOLDER\n")
+    (tmp_path / "shapes" / "train_init" / "done").unlink()
+    other = run("scripts/train_shapes.sh", "shapes", "seed=3", cwd=tmp_path, CAUSAL_INIT="ode", **variables)
+    assert other.returncode == 2
+    assert "shapes/causal_init: was trained with " in other.stderr
 
 
 TOLD = "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT"

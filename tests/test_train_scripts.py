@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,10 +19,11 @@ from longlive.builtin import BUILTIN_GENERATOR
 from longlive.errors import InputError
 from longlive.models.dit import DiTConfig, WanDiT
 from longlive.train import check_processes
-from longlive.train_config import TrainConfig
+from longlive.train_config import TrainConfig, load_train_config
+from longlive.train_inputs import read_critic
 from longlive.training.checkpoint import find_latest
 from longlive.weights.files import read_checkpoint, write_safetensors
-from longlive.weights.formats import read_dit
+from longlive.weights.formats import read_dit, select_network
 
 ROOT = Path(__file__).parents[1]
 SIZES = {
@@ -86,7 +88,7 @@ def failure(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["generator_ckpt={}/run/lora.pt"], "lora.pt: has no generator"),
         (["init_logdir={}/none"], "{}/none/generator.safetensors does not exist; train the stage before first"),
         (["lora_ckpt={}/run/lora.pt"], "needs adapter.type=lora"),
-        ([*LORA, "adapter.rank=8", "lora_ckpt={}/run/lora.pt"], "lora.pt: LoRA rank is 4, but rank 8"),
+        ([*LORA, "adapter.rank=8", "lora_ckpt={}/run/lora.pt"], "lora.pt: LoRA of rank 4, not adapter.rank=8"),
         ([*LORA, "lora_ckpt={}/none.pt"], "{}/none.pt: cannot read"),
         (["data_path={}/none.txt"], "{}/none.txt: cannot be read"),
         (["data_path={}/empty.txt"], "{}/empty.txt: holds no prompt"),
@@ -113,6 +115,22 @@ def test_wrong_settings(settings: list[str], words: str, folder: Path, capsys: p
     argv = train(folder, logdir, *(setting.replace("{}", str(folder)) for setting in settings))
     assert words.replace("{}", str(folder)) in failure(argv, capsys)
     assert not list((folder / "unused").glob("*"))
+
+
+def test_another_start_is_another_run(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights to begin with are named in vain where a run goes on; a LoRA fits what it was trained beside."""
+    base = shutil.copy(folder / "run" / "generator.safetensors", tmp_path / "base.safetensors")
+    start = f"generator_ckpt={base}"
+    full, lora = (f"logdir={tmp_path / name}" for name in ("full", "lora"))
+    assert cli.main(train(folder, start, full)) == cli.main(train(folder, start, *LORA, lora)) == 0
+    published = tmp_path / "full" / "longlive_base.pt"
+    critic = read_critic(load_train_config(folder / "tiny.yaml", [f"critic_ckpt={published}"])).state
+    networks = [select_network(read_checkpoint(published), published, name) for name in ("critic", "generator")]
+    assert [all(torch.equal(critic[k], w) for k, w in network.items()) for network in networks] == [True, False]
+
+    shutil.copy(tmp_path / "full" / "generator.safetensors", base)  # the stage before has gone on
+    assert "belongs to a run with other settings: begun_with is" in failure(train(folder, start, full), capsys)
+    assert "is not what the LoRA in " in failure(["export", str(tmp_path / "lora")], capsys)
 
 
 @pytest.mark.parametrize("key", ["generator_ckpt", "critic_ckpt", "real_ckpt"])

@@ -117,13 +117,13 @@ def make_videos(
     ):
         for _, group in itertools.groupby(jobs, key=lambda job: job.schedule):
             same = list(group)
+            script = same[0].script
+            clip = load_clip(script.start_from, session_config, output.fps)
+            added = num_video_frames(script, clip, factor) - num_video_frames(script, None, factor)
             for first in range(0, len(same), batch_size):
                 batch = same[first : first + batch_size]
                 bar.set_description(batch[0].name)
                 session = Session(models, session_config, [job.seed for job in batch])
-                script = batch[0].script
-                clip = load_clip(script.start_from, session_config, output.fps)
-                added = num_video_frames(script, clip, factor) - num_video_frames(script, None, factor)
                 bar.total += added * len(batch)
                 _make_batch(session, output, batch, clip, info, bar)
                 session.close()

@@ -156,7 +156,7 @@ def check_identity(path: Path, identity: Mapping[str, Any]) -> None:
         if name not in theirs or name not in ours or theirs[name] != ours[name]
     ]
     if told:
-        raise InputError(f"{path}: belongs to a run with other settings: {shorten(told)}")
+        raise InputError(f"{path}: belongs to a run with other settings: {shorten(told)}; a new run needs a new folder")
 
 
 def find_latest(folder: Path) -> Path | None:

@@ -340,6 +340,11 @@ def select_network(checkpoint: Mapping[str, Any], source: str | Path, network: s
     return DIT.to_original(state_dict)
 
 
+def has_network(path: str | Path, network: str) -> bool:
+    """Whether a file is a training checkpoint with an entry of this name. Raises `InputError` for an unreadable one."""
+    return isinstance(read_checkpoint(find_weights(DIT, path)).get(network), Mapping)
+
+
 def find_weights(part: Part[Any], path: str | Path) -> Path:
     """The file that holds `part`: `path` itself, or where the layouts keep it in the folder `path`."""
     path = Path(path)

@@ -67,7 +67,10 @@ def lora_rank(lora: Lora) -> int:
 def check_rank(lora: Lora, rank: int, source: str | Path) -> None:
     """Raise `InputError` unless `lora`, read from `source`, has the rank that was asked for."""
     if lora_rank(lora) != rank:
-        raise InputError(f"{source}: LoRA rank is {lora_rank(lora)}, but rank {rank} was asked for")
+        raise InputError(
+            f"{source}: LoRA of rank {lora_rank(lora)}, not adapter.rank={rank}; set adapter.rank and adapter.alpha to "
+            "those it was trained with"
+        )
 
 
 def merge_lora(
