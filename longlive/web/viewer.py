@@ -8,7 +8,7 @@ from typing import Any
 _MAX_WAITING = 256  # messages; how much media waits is bounded by what the session may make ahead
 
 Item = Mapping[str, Any] | bytes
-CLOSE_ENDED, CLOSE_SHUTDOWN, CLOSE_BUSY = 1000, 1001, 1013
+CLOSE_ENDED, CLOSE_SHUTDOWN, CLOSE_BUSY = 1000, 1012, 1013
 CLOSE_REPLACED, CLOSE_SLOW, CLOSE_FORGOTTEN = 4001, 4002, 4003
 
 

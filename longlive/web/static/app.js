@@ -27,6 +27,7 @@ let selected = 0;
 let stream = null; // the present epoch
 let player = null;
 let hasPicture = false; // something of this session is on the screen
+let isHeld = false; // paused by whoever watches, not because the page was hidden
 let latencyMs = null;
 const speed = new SpeedMeter();
 const switchClock = new SwitchClock();
@@ -62,12 +63,16 @@ const HANDLERS = {
     if (message.session !== session) forgetSession();
     session = message.session;
   },
-  open: () => say(""),
+  open: () => isSayingError() && say(""),
   lost: () => say("The server has forgotten the session. This is a new one."),
   state: (message) => setState(message.state, message.position),
   branches(message) {
     branches = new Map(message.branches.map((branch) => [branch.branch, branch]));
-    if (message.selected !== selected) timeline.setPlayhead(null);
+    if (message.selected !== selected) {
+      timeline.setPlayhead(null);
+      switchClock.select(message.selected);
+      if (!isSayingError()) say("");
+    }
     selected = message.selected;
     showBranches();
   },
@@ -102,7 +107,9 @@ const HANDLERS = {
 function setState(newState, newPosition) {
   state = newState;
   position = newPosition;
-  if (state === "paused") player?.pause();
+  if (state === "paused") isHeld = true;
+  else if (isPausable(state)) isHeld = false;
+  if (isHeld) player?.pause();
   if (isPausable(state) && !document.hidden) player?.play();
   show();
 }
@@ -146,7 +153,9 @@ function forgetSession() {
   player?.close();
   player = stream = latencyMs = null;
   branches = new Map();
-  hasPicture = false;
+  selected = 0;
+  hasPicture = isHeld = false;
+  timeline.clear();
   speed.clear();
   switchClock.clear();
 }
@@ -181,28 +190,34 @@ async function act(message) {
 }
 
 async function sendPrompt(text) {
-  switchClock.sent(text, performance.now());
+  switchClock.sent(text, performance.now(), selected);
   if (await act({ type: "prompt", text })) {
     say(state === "paused" ? `Paused: “${text}” comes when you go on.` : `On its way: ${text}`);
-  } else promptBox.restore(text);
+  } else takeBack(text);
+}
+
+/** A prompt that was refused. */
+function takeBack(text) {
+  switchClock.refused(text);
+  promptBox.restore(text);
 }
 
 /** Go on from a moment of the selected branch, with what is typed. */
 async function rewind(frame) {
   const text = promptBox.take();
-  if (text) switchClock.sent(text, performance.now());
+  if (text) switchClock.sent(text, performance.now(), null);
   const message = { type: "rewind", branch: selected, frame };
-  if (!(await act(text ? { ...message, prompt: text } : message))) promptBox.restore(text);
+  if (!(await act(text ? { ...message, prompt: text } : message))) takeBack(text);
 }
 
 async function restart(fields) {
   const text = promptBox.take();
-  if (text) switchClock.sent(text, performance.now());
+  if (text) switchClock.sent(text, performance.now(), null);
   const before = branches.get(selected);
   if (await act({ type: "restart", ...fields, ...(text ? { prompt: text } : {}) })) {
     startForm.clear();
     if (before.num_frames === 0) act({ type: "delete", branch: before.branch }); // nothing is lost
-  } else promptBox.restore(text);
+  } else takeBack(text);
 }
 
 function togglePause() {
@@ -271,7 +286,7 @@ document.addEventListener("keydown", (event) => {
 document.addEventListener("visibilitychange", () => {
   if (document.hidden) player?.pause();
   else if (isPausable(state)) player?.play();
-  else if (state === "parked") act({ type: "resume" });
+  else if (state === "parked" && !isHeld) act({ type: "resume" });
 });
 
 let lastPlayed = { epoch: -1, videoFrame: -1, at: 0 };

@@ -1,9 +1,12 @@
 // The connection to the server: opens or takes up the session, comes back when it breaks, answers requests.
 
+import { keep, recall } from "./storage.js";
+
 const KEPT = "longlive.session";
 const RETRY_MS = [300, 1000, 2000, 4000, 8000];
 const PING_MS = 15000;
-const SILENCE_MS = 40000;
+const MAX_UNANSWERED = 2; // pings: time alone does not tell, since timers of a hidden page run once a minute
+const ANSWER_MS = 10000;
 const HEADER_BYTES = 16;
 
 /** A request that the server refused, or that did not reach it. */
@@ -20,7 +23,8 @@ export class Connection {
   #nextId = 1;
   #attempt = 0;
   #timer = 0;
-  #lastHeard = 0;
+  #turn = 0; // of connecting: only the newest goes on
+  #unanswered = 0; // pings
   #isOpen = false; // the session is open: requests may be sent
   #isLoading = false; // no models yet: the server was started a moment ago
 
@@ -34,7 +38,7 @@ export class Connection {
     this.onMessage = onMessage;
     this.onMedia = onMedia;
     this.onState = onState;
-    this.session = sessionStorage.getItem(KEPT);
+    this.session = recall("sessionStorage", KEPT);
     setInterval(() => this.#watch(), PING_MS);
     addEventListener("online", () => this.#timer && this.connect());
   }
@@ -51,11 +55,14 @@ export class Connection {
     clearTimeout(this.#timer);
     this.#timer = 0;
     this.#leave();
+    const turn = ++this.#turn;
     if (this.#attempt === 0) this.onState("connecting");
     // A refused WebSocket tells a page nothing: ask first. While models are loaded only the health can be asked for.
-    const health = await fetch(this.url("api/health")).then((answer) => answer.json(), () => null);
-    this.#isLoading = health?.engine === "loading";
-    const status = health && !this.#isLoading ? await fetch(this.url("api/info")).then((answer) => answer.status, () => 0) : 0;
+    const health = await this.#fetch("api/health").then((answer) => answer.json()).catch(() => null);
+    const isLoading = health?.engine === "loading";
+    const status = health && !isLoading ? await this.#fetch("api/info").then((answer) => answer.status, () => 0) : 0;
+    if (turn !== this.#turn) return;
+    this.#isLoading = isLoading;
     if (health?.code === "forbidden" || status === 403) this.onState("forbidden");
     else if (status === 401) this.onState("unauthorized");
     else if (status === 200 || this.#isLoading) this.#openSocket();
@@ -92,19 +99,23 @@ export class Connection {
     return told.upload;
   }
 
+  #fetch(path) {
+    return fetch(this.url(path), { signal: AbortSignal.timeout(ANSWER_MS) });
+  }
+
   #openSocket() {
     const url = this.url("api/session");
     url.protocol = url.protocol.replace("http", "ws");
     const socket = new WebSocket(url);
     socket.binaryType = "arraybuffer";
     socket.onmessage = ({ data }) => {
-      this.#lastHeard = performance.now();
+      this.#unanswered = 0;
       if (typeof data === "string") this.#take(JSON.parse(data));
       else this.onMedia(parseMedia(data));
     };
     socket.onclose = ({ code }) => this.#closed(code);
     this.#socket = socket;
-    this.#lastHeard = performance.now();
+    this.#unanswered = 0;
   }
 
   #take(message) {
@@ -118,7 +129,7 @@ export class Connection {
     if (message.type === "hello") this.#open(message);
     if (message.type === "session") {
       this.session = message.session;
-      sessionStorage.setItem(KEPT, this.session);
+      keep("sessionStorage", KEPT, this.session);
     }
     this.onMessage(message);
   }
@@ -164,8 +175,14 @@ export class Connection {
 
   #retry(state) {
     const wait = RETRY_MS[Math.min(this.#attempt++, RETRY_MS.length - 1)];
+    const turn = this.#turn;
+    const again = () => {
+      if (turn !== this.#turn) return;
+      if (document.hidden) document.addEventListener("visibilitychange", again, { once: true }); // nobody waits for it
+      else this.connect();
+    };
     this.onState(state);
-    this.#timer = setTimeout(() => this.connect(), state === "busy" ? Math.max(wait, 4000) : wait);
+    this.#timer = setTimeout(again, state === "busy" ? Math.max(wait, 4000) : wait);
   }
 
   #leave() {
@@ -181,14 +198,17 @@ export class Connection {
 
   #forget() {
     this.session = null;
-    sessionStorage.removeItem(KEPT);
+    keep("sessionStorage", KEPT, null);
   }
 
   /** A network that is gone without a word looks like silence. */
   #watch() {
     if (!this.#isOpen) return;
-    if (performance.now() - this.#lastHeard > SILENCE_MS) this.#closed(1006);
-    else this.tell({ type: "ping" });
+    if (this.#unanswered === MAX_UNANSWERED) this.#closed(1006);
+    else {
+      this.#unanswered++;
+      this.tell({ type: "ping" });
+    }
   }
 }
 

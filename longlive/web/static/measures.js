@@ -30,11 +30,24 @@ export class SpeedMeter {
 
 /** From the moment a prompt is sent to its first picture on the screen. */
 export class SwitchClock {
-  #sent = []; // { text, at }
+  #sent = []; // { text, at, branch }, branch: null for one that is to come
   #awaited = null; // { branch, videoFrame, at }: the server has said which picture it will be
 
-  sent(text, at) {
-    this.#sent.push({ text, at });
+  /** branch: the one that it is sent to, null for one that begins with it. */
+  sent(text, at, branch) {
+    this.#sent.push({ text, at, branch });
+  }
+
+  /** The server would not have it. */
+  refused(text) {
+    const index = this.#sent.findLastIndex((item) => item.text === text);
+    if (index >= 0) this.#sent.splice(index, 1);
+  }
+
+  /** Another branch is shown: what was sent to the one before does not come there. */
+  select(branch) {
+    this.#sent = this.#sent.filter((item) => item.branch === null).map((item) => ({ ...item, branch }));
+    this.#awaited = null;
   }
 
   /** As the protocol's `switch` tells it. */

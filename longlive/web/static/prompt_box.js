@@ -1,5 +1,7 @@
 // The prompt: Enter sends, arrow keys go through what was sent before, which the browser keeps.
 
+import { keep, recall } from "./storage.js";
+
 const KEPT = "longlive.prompts";
 const MAX_KEPT = 100;
 
@@ -9,7 +11,7 @@ export class PromptBox {
   #suggestions = document.getElementById("suggestions");
   #history = read();
   #place = this.#history.length; // in the history; its length is the draft
-  #draft = "";
+  #edits = new Map(); // place -> what has been made of the text there, and not been sent
   #shown = ""; // the prompt that the suggestions are for
   #onSend;
 
@@ -23,8 +25,8 @@ export class PromptBox {
     this.#box.addEventListener("keydown", (event) => {
       if (event.isComposing || event.ctrlKey || event.metaKey || event.altKey) return;
       if (event.key === "Enter") this.#send();
-      else if (event.key === "ArrowUp" && this.#isOnFirstLine()) this.#go(this.#place - 1);
-      else if (event.key === "ArrowDown" && this.#isOnLastLine()) this.#go(this.#place + 1);
+      else if (event.key === "ArrowUp" && this.#mayGoBack()) this.#go(this.#place - 1);
+      else if (event.key === "ArrowDown" && this.#isInHistory()) this.#go(this.#place + 1);
       else if (event.key === "Escape") this.#box.blur();
       else if (event.key === " " && this.#box.value === "") onSpace();
       else return;
@@ -50,9 +52,10 @@ export class PromptBox {
     const { text } = this;
     if (text) {
       this.#history = [...this.#history.filter((item) => item !== text), text].slice(-MAX_KEPT);
-      keep(this.#history);
+      keep("localStorage", KEPT, JSON.stringify(this.#history));
     }
-    this.#box.value = this.#draft = "";
+    this.#box.value = "";
+    this.#edits.clear();
     this.#place = this.#history.length;
     return text;
   }
@@ -86,36 +89,28 @@ export class PromptBox {
     if (this.text) this.#onSend(this.take());
   }
 
-  #isOnFirstLine() {
-    return this.#box.selectionStart === 0 || this.#box.selectionStart === this.#box.value.length || this.#place < this.#history.length;
+  #mayGoBack() {
+    return this.#isInHistory() || this.#box.selectionStart === 0 || this.#box.selectionStart === this.#box.value.length;
   }
 
-  #isOnLastLine() {
+  #isInHistory() {
     return this.#place < this.#history.length;
   }
 
   #go(place) {
     if (place < 0 || place > this.#history.length) return;
-    if (this.#place === this.#history.length) this.#draft = this.#box.value;
+    this.#edits.set(this.#place, this.#box.value);
     this.#place = place;
-    this.#box.value = this.#history[place] ?? this.#draft;
+    this.#box.value = this.#edits.get(place) ?? this.#history[place] ?? "";
     this.#box.setSelectionRange(this.#box.value.length, this.#box.value.length);
   }
 }
 
 function read() {
   try {
-    const kept = JSON.parse(localStorage.getItem(KEPT) ?? "[]");
+    const kept = JSON.parse(recall("localStorage", KEPT) ?? "[]");
     return Array.isArray(kept) ? kept.filter((item) => typeof item === "string") : [];
   } catch {
-    return []; // storage is switched off, or someone else's
-  }
-}
-
-function keep(history) {
-  try {
-    localStorage.setItem(KEPT, JSON.stringify(history));
-  } catch {
-    // storage is full or switched off: the history lasts as long as the page
+    return []; // someone else's
   }
 }

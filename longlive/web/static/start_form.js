@@ -12,6 +12,7 @@ export class StartForm {
   #preview = byId("preview");
   #remove = byId("no-picture");
   #upload; // its key; null: without a picture; undefined: as it was
+  #sending = null; // the newest picture's way to the server
   #limits = null;
   #send;
   #onError;
@@ -20,8 +21,9 @@ export class StartForm {
   constructor({ upload, onRestart, onError }) {
     this.#send = upload;
     this.#onError = onError;
-    byId("start-form").addEventListener("submit", (event) => {
+    byId("start-form").addEventListener("submit", async (event) => {
       event.preventDefault();
+      await this.#sending;
       const seed = this.#readSeed();
       const given = Object.entries({ seed, upload: this.#upload }).filter(([, value]) => value !== undefined);
       if (seed !== null) onRestart(Object.fromEntries(given));
@@ -48,7 +50,7 @@ export class StartForm {
   /** What the selected branch began with. */
   show({ seed, upload }) {
     this.#seed.placeholder = String(seed);
-    if (this.#upload === undefined) {
+    if (this.#upload === undefined && !this.#sending) {
       this.#name.textContent = upload ? "The same as before" : "Choose or drop one";
       this.#remove.hidden = !upload;
     }
@@ -62,6 +64,7 @@ export class StartForm {
 
   #clear(text, upload) {
     this.#upload = upload;
+    this.#sending = null;
     this.#file.value = "";
     this.#preview.hidden = this.#remove.hidden = true;
     this.#name.textContent = text;
@@ -76,28 +79,42 @@ export class StartForm {
     return null;
   }
 
-  async #take(file) {
-    const problem = await this.#check(file);
-    if (problem) {
-      this.#file.value = "";
-      this.#onError({ code: "bad_picture", message: `${file.name}: ${problem}` });
+  /** A file, in place of any that is still on its way. */
+  #take(file) {
+    this.#file.value = ""; // the same one may be chosen again
+    const sending = this.#transfer(file, () => this.#sending === sending);
+    this.#sending = sending;
+    sending.finally(() => {
+      if (this.#sending === sending) this.#sending = null;
+    });
+  }
+
+  async #transfer(file, isNewest) {
+    const bitmap = await this.#read(file);
+    if (!isNewest()) return;
+    if (typeof bitmap === "string") {
+      this.#onError({ code: "bad_picture", message: `${file.name}: ${bitmap}` });
       return;
     }
+    this.#draw(bitmap);
     this.#name.textContent = "Being sent";
     try {
-      this.#upload = await this.#send(file);
+      const upload = await this.#send(file);
+      if (!isNewest()) return;
+      this.#upload = upload;
     } catch (refused) {
+      if (!isNewest()) return;
       this.#clear("Choose or drop one", undefined);
       this.#onError(refused);
       return;
     }
     this.#name.textContent = this.#name.title = file.name;
     this.#preview.hidden = this.#remove.hidden = false;
-    byId("restart").focus();
+    if ([document.body, this.#file].includes(document.activeElement)) byId("restart").focus(); // who types goes on
   }
 
-  /** What is wrong with a file, or null; its preview is drawn on the way. */
-  async #check(file) {
+  /** The picture of a file, or what is wrong with it. */
+  async #read(file) {
     if (!TYPES.includes(file.type)) return "only PNG, JPEG and WebP pictures can begin a video";
     if (!this.#limits) return "not connected yet";
     const { max_upload_bytes: maxBytes, max_upload_px: maxPx } = this.#limits;
@@ -106,12 +123,16 @@ export class StartForm {
     if (!bitmap) return "it cannot be read";
     const { width, height } = bitmap;
     if (width * height > maxPx) return `${width} × ${height}, and at most ${(maxPx / 1e6).toFixed(1)} million pixels are taken`;
+    return bitmap;
+  }
+
+  #draw(bitmap) {
+    const { width, height } = bitmap;
     const scale = Math.max(this.#preview.width / width, this.#preview.height / height); // cover
     const size = [width * scale, height * scale];
     const corner = [(this.#preview.width - size[0]) / 2, (this.#preview.height - size[1]) / 2];
     this.#preview.getContext("2d").drawImage(bitmap, ...corner, ...size);
     bitmap.close();
-    return null;
   }
 
   #acceptDrops() {

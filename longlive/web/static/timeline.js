@@ -21,6 +21,8 @@ export class Timeline {
   #branch = null;
   #shownThumbnails = 0;
   #moment = null; // the frame at which the cursor is: where a block begins
+  #playheadX = null; // null: nothing is watched
+  #follows = true; // what is shown follows the playhead, until someone scrolls it out of view
 
   /** onChoose(frame): go on from there. thumbnailUrl(branch, frame). */
   constructor({ onChoose, thumbnailUrl }) {
@@ -34,6 +36,11 @@ export class Timeline {
       this.#choose();
     });
     this.#track.addEventListener("keydown", (event) => this.#key(event));
+    this.#scroller.addEventListener("scroll", () => {
+      const { scrollLeft, clientWidth } = this.#scroller;
+      const x = this.#playheadX ?? scrollLeft;
+      this.#follows = x >= scrollLeft && x <= scrollLeft + clientWidth;
+    });
   }
 
   focus() {
@@ -42,7 +49,7 @@ export class Timeline {
 
   /** Show a branch as it is by now. */
   show(branch, timing) {
-    if (branch.branch !== this.#branch?.branch || timing !== this.#timing) this.#clear();
+    if (branch.branch !== this.#branch?.branch) this.clear();
     this.#branch = branch;
     this.#timing = timing;
     this.#track.style.width = `${this.#x(branch.num_frames)}px`;
@@ -55,18 +62,24 @@ export class Timeline {
   /** What is being watched, in video frames; null for nothing. */
   setPlayhead(videoFrame) {
     this.#playhead.hidden = videoFrame === null;
-    if (videoFrame === null) return;
-    const x = (videoFrame / this.#timing.fps) * PX_PER_SECOND;
-    this.#playhead.style.transform = `translateX(${x}px)`;
-    // Follow while it is in view: someone who has scrolled back is left alone.
-    const { scrollLeft, clientWidth } = this.#scroller;
-    if (this.#moment === null && x < scrollLeft + clientWidth + EDGE_PX) {
-      this.#scroller.scrollLeft = Math.max(scrollLeft, x - clientWidth + EDGE_PX);
-    }
-    if (this.#moment === null) this.#tell(this.#timing.frame(videoFrame));
+    this.#playheadX = videoFrame === null ? null : (videoFrame / this.#timing.fps) * PX_PER_SECOND;
+    if (videoFrame === null || !this.#branch) return;
+    this.#playhead.style.transform = `translateX(${this.#playheadX}px)`;
+    if (this.#moment !== null) return;
+    if (this.#follows) this.#follow(this.#playheadX);
+    this.#tell(this.#timing.frame(videoFrame));
   }
 
-  #clear() {
+  #follow(x) {
+    const { scrollLeft, clientWidth } = this.#scroller;
+    if (x < scrollLeft || x > scrollLeft + clientWidth - EDGE_PX) this.setScroll(x - clientWidth + EDGE_PX);
+  }
+
+  /** Another branch, or another session. */
+  clear() {
+    this.#branch = this.#playheadX = null;
+    this.#follows = true;
+    this.#playhead.hidden = true;
     this.#prompts.replaceChildren();
     this.#thumbnails.replaceChildren();
     this.#shownThumbnails = 0;
