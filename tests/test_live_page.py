@@ -561,6 +561,63 @@ def test_asks_for_a_token(browser: Any, screenshots: Path) -> None:
         server.stop()
 
 
+HIDE = """(isHidden) => {
+  Object.defineProperty(document, "hidden", { value: isHidden, configurable: true });
+  document.dispatchEvent(new Event("visibilitychange"));
+}"""
+
+
+def test_who_comes_back_to_a_page_finds_it_as_it_was_left(open_page: OpenPage) -> None:
+    """Hidden for so long that the session was parked: it goes on, unless it had been paused."""
+    server = Server("idle_s=1")
+    try:
+        viewer = open_page(server.url)
+        page, sent = viewer.page, []
+        page.on("websocket", lambda socket: socket.on("framesent", lambda data: sent.append(data)))
+        page.reload()
+        viewer.begin(FIRST)
+        page.evaluate(HIDE, True)
+        viewer.wait_state("parked")
+        page.evaluate(HIDE, False)
+        viewer.wait_state("playing")
+        page.click("#pause")
+        viewer.wait_state("paused")
+        page.evaluate(HIDE, True)
+        viewer.wait_state("parked")
+        sent.clear()
+        page.evaluate(HIDE, False)
+        page.click("#pause")
+        viewer.wait_state("playing")
+        assert len([message for message in sent if json.loads(message)["type"] == "resume"]) == 1
+    finally:
+        server.stop()
+
+
+def test_the_time_line_follows_after_a_reload(open_page: OpenPage) -> None:
+    viewer = open_page(viewport={"width": 360, "height": 740})
+    viewer.begin(FIRST)
+    viewer.wait_shown(200, branch=1)  # 12.5 s, of which 10 are in view
+    viewer.page.reload()
+    viewer.wait_shown(220, branch=1)
+    viewer.page.wait_for_function(
+        """() => {
+          const place = (id) => document.getElementById(id).getBoundingClientRect();
+          const [head, seen] = [place("playhead"), place("scroller")];
+          return head.left >= seen.left && head.left <= seen.right;
+        }"""
+    )
+
+
+def test_works_where_storage_is_forbidden(open_page: OpenPage) -> None:
+    viewer = open_page()
+    forbid = "Object.defineProperty(window, '%s', { get() { throw new DOMException('', 'SecurityError'); } });"
+    viewer.page.add_init_script("".join(forbid % name for name in ("localStorage", "sessionStorage")))
+    viewer.page.reload()
+    viewer.wait_state("ready")
+    viewer.send(FIRST)
+    viewer.wait_shown(0)
+
+
 # Everybody
 
 
@@ -582,8 +639,12 @@ def test_keyboard_alone(open_page: OpenPage) -> None:
     viewer.wait_shown(60)
     press("ArrowUp")
     assert page.input_value("#prompt") == FIRST
+    page.keyboard.type("!")
     press("ArrowDown")
     assert page.input_value("#prompt") == ""
+    press("ArrowUp")
+    assert page.input_value("#prompt") == f"{FIRST}!"
+    press("ArrowDown")
     press("Space")  # in the empty box
     viewer.wait_state("paused")
     page.keyboard.type(THEN)
