@@ -594,11 +594,12 @@ def test_who_comes_back_to_a_page_finds_it_as_it_was_left(open_page: OpenPage) -
 
 
 def test_the_time_line_follows_after_a_reload(open_page: OpenPage) -> None:
-    viewer = open_page(viewport={"width": 360, "height": 740})
+    viewer = open_page(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
     viewer.begin(FIRST)
-    viewer.wait_shown(200, branch=1)  # 12.5 s, of which 10 are in view
+    viewer.wait_shown(250, branch=1)  # 15 s, of which 10 are in view
+    assert viewer.page.evaluate("document.documentElement.scrollWidth") == 360  # the page is not stretched by it
     viewer.page.reload()
-    viewer.wait_shown(220, branch=1)
+    viewer.wait_shown(270, branch=1)
     viewer.page.wait_for_function(
         """() => {
           const place = (id) => document.getElementById(id).getBoundingClientRect();
