@@ -79,6 +79,8 @@ def run_training(config: TrainConfig) -> bool:
     folder = Path(config.logdir)
     latest = find_latest(folder / "checkpoints")
     if latest is not None:
+        if "begun_with" in job.identity and read_identity(latest).get("begun_with") is None:
+            job.identity["begun_with"] = None  # full training did not tell it once
         check_identity(latest, job.identity)
     check_writable(folder)
     device = choose_device(config.device)

@@ -5,10 +5,16 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" # an interpreter of LONGLIV
 
 longlive() { "$python" -m longlive "$@"; }
 
-train_once() { # stage, folder of the run below $runs, settings
-    local weights="$2/generator.safetensors" asked="${*:3}"
+told() { # settings: those that tell what is learnt, in one order, paths below $runs
+    printf '%s\n' "${@//"$runs/"/}" | sort |
+        grep -vE '^(device|compile|low_memory|cuda_graphs|attention|log_iters|vis_interval|max_checkpoints|tensorboard|wandb_project)=' |
+        paste -sd ' ' || true
+}
+
+train_once() { # stage, folder of the run, settings
+    local weights="$2/generator.safetensors" asked last
     [[ $1 != vae ]] || weights="$2/vae.safetensors"
-    asked="${asked//"$runs/"/}"
+    asked="$(told "${@:3}")"
     if [[ -e "$2/done" ]]; then
         [[ ! -s "$2/done" || $asked == "$(<"$2/done")" ]] || {
             echo "error: $2: was trained with $(<"$2/done"), not with $asked; name another FOLDER" >&2
@@ -17,9 +23,9 @@ train_once() { # stage, folder of the run below $runs, settings
         echo "$2: is done" >&2
         return
     fi
-    mkdir -p "$2"
-    touch "$2/begun"
     longlive train --config_path "$root/configs/shapes_$1.yaml" logdir="$2" "${@:3}"
-    [[ "$weights" -nt "$2/begun" ]] || exit 1 # stopped by a signal; weights that lie there were exported on the way
+    last='import json, sys; print("step_%06d" % json.load(open(sys.argv[1]))["max_iters"])'
+    last="$2/checkpoints/$("$python" -c "$last" "$2/train_config.json")"
+    [[ -e $last && -e $weights && ! $last -nt $weights ]] || exit 1 # stopped by a signal; weights may have been exported on the way
     echo "$asked" >"$2/done"
 }

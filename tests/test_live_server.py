@@ -677,7 +677,7 @@ def test_live_in_a_terminal_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_zip_names_weights_but_no_folder_of_this_machine() -> None:
-    places = {"generator_ckpt": str(ROOT / "longlive_models" / "base.pt"), "lora_ckpt": "/home/me/lora.pt"}
+    places = {"generator_ckpt": str(ROOT / "longlive_models" / "base.pt"), "lora_ckpt": f"{ROOT}/../me/lora.pt"}
     settings = picture_settings(ServeConfig(**places))
     assert settings["generator_ckpt"] == "longlive_models/base.pt"  # as configurations of the repository name it
     assert settings["lora_ckpt"] == "lora.pt"

@@ -142,7 +142,9 @@ def own_rows(value: Tensor, parameter: Tensor) -> Tensor:
 
 def _sharded_dim(tensor: DTensor) -> int | None:
     """The dimension of the mesh over which the rows of a tensor are shared out."""
-    return next((i for i, placement in enumerate(tensor.placements) if isinstance(placement, Shard)), None)
+    dims = [i for i, placement in enumerate(tensor.placements) if isinstance(placement, Shard)]
+    assert len(dims) <= 1, tensor.placements
+    return dims[0] if dims else None
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def picture_settings(config: InferenceConfig) -> dict[str, Any]:
     values = to_dict(config)
     for name, key in config_keys(InferenceConfig).items():
         if key.path and values[name] is not None:
-            path = Path(values[name])
+            path = Path(os.path.normpath(values[name]))
             values[name] = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name)
     return {item.name: values[item.name] for item in fields(InferenceConfig) if item.name not in left_out}
 

@@ -81,7 +81,7 @@ const HANDLERS = {
     speed.clear();
     player ??= makePlayer(message.format, { video: byId("video"), canvas: byId("canvas"), onShown, onFailed: usePictures });
     player.begin(message);
-    if (!document.hidden) player.play();
+    if (!document.hidden && !isHeld) player.play();
   },
   switch(message) {
     switchClock.switched(message);
@@ -246,8 +246,10 @@ byId("pause").addEventListener("click", togglePause);
 byId("picture").addEventListener("click", (event) => event.target.matches("video, canvas") && togglePause());
 byId("end").addEventListener("click", () => act({ type: "end" }));
 byId("empty-action").addEventListener("click", () => {
-  if (state === "ended" || state === "forgotten") connection.begin();
-  else connection.connect();
+  if (state === "ended" || state === "forgotten") {
+    say("");
+    connection.begin();
+  } else connection.connect();
 });
 byId("token-form").addEventListener("submit", (event) => {
   event.preventDefault();

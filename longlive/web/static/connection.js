@@ -4,6 +4,8 @@ import { keep, recall } from "./storage.js";
 
 const KEPT = "longlive.session";
 const RETRY_MS = [300, 1000, 2000, 4000, 8000];
+const BUSY_MS = 4000;
+const HIDDEN_MS = 60000; // nobody waits for it: often enough that the session is not forgotten
 const PING_MS = 15000;
 const MAX_UNANSWERED = 2; // pings: time alone does not tell, since timers of a hidden page run once a minute
 const ANSWER_MS = 10000;
@@ -176,13 +178,11 @@ export class Connection {
   #retry(state) {
     const wait = RETRY_MS[Math.min(this.#attempt++, RETRY_MS.length - 1)];
     const turn = this.#turn;
-    const again = () => {
-      if (turn !== this.#turn) return;
-      if (document.hidden) document.addEventListener("visibilitychange", again, { once: true }); // nobody waits for it
-      else this.connect();
-    };
+    const again = () => turn === this.#turn && this.connect();
     this.onState(state);
-    this.#timer = setTimeout(again, state === "busy" ? Math.max(wait, 4000) : wait);
+    const least = document.hidden ? HIDDEN_MS : state === "busy" ? BUSY_MS : 0;
+    this.#timer = setTimeout(again, Math.max(wait, least));
+    if (document.hidden) document.addEventListener("visibilitychange", again, { once: true });
   }
 
   #leave() {

@@ -23,7 +23,7 @@ export class StartForm {
     this.#onError = onError;
     byId("start-form").addEventListener("submit", async (event) => {
       event.preventDefault();
-      await this.#sending;
+      while (this.#sending) if (!(await this.#sending)) return; // it was refused, which has been said
       const seed = this.#readSeed();
       const given = Object.entries({ seed, upload: this.#upload }).filter(([, value]) => value !== undefined);
       if (seed !== null) onRestart(Object.fromEntries(given));
@@ -79,9 +79,15 @@ export class StartForm {
     return null;
   }
 
-  /** A file, in place of any that is still on its way. */
-  #take(file) {
+  /** A picture, in place of any that is still on its way. */
+  async #take(file) {
     this.#file.value = ""; // the same one may be chosen again
+    const bitmap = await this.#read(file);
+    if (typeof bitmap === "string") {
+      this.#onError({ code: "bad_picture", message: `${file.name}: ${bitmap}` });
+      return;
+    }
+    this.#draw(bitmap);
     const sending = this.#transfer(file, () => this.#sending === sending);
     this.#sending = sending;
     sending.finally(() => {
@@ -89,28 +95,23 @@ export class StartForm {
     });
   }
 
+  /** Whether it is not refused: the server has it, or another has taken its place. */
   async #transfer(file, isNewest) {
-    const bitmap = await this.#read(file);
-    if (!isNewest()) return;
-    if (typeof bitmap === "string") {
-      this.#onError({ code: "bad_picture", message: `${file.name}: ${bitmap}` });
-      return;
-    }
-    this.#draw(bitmap);
     this.#name.textContent = "Being sent";
     try {
       const upload = await this.#send(file);
-      if (!isNewest()) return;
+      if (!isNewest()) return true;
       this.#upload = upload;
     } catch (refused) {
-      if (!isNewest()) return;
+      if (!isNewest()) return true;
       this.#clear("Choose or drop one", undefined);
       this.#onError(refused);
-      return;
+      return false;
     }
     this.#name.textContent = this.#name.title = file.name;
     this.#preview.hidden = this.#remove.hidden = false;
     if ([document.body, this.#file].includes(document.activeElement)) byId("restart").focus(); // who types goes on
+    return true;
   }
 
   /** The picture of a file, or what is wrong with it. */
