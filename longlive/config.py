@@ -166,7 +166,7 @@ class AdapterSettings(Section):
     rank: int = setting(256, "LoRA rank", at_least(1))
     alpha: float = setting(256.0, "LoRA scale is alpha / rank", POSITIVE)
     dropout: float = setting(0.0, "published, without effect", between(0, 1))
-    dtype: str = setting("bfloat16", "published, without effect: the LoRA takes the model's", one_of(*DTYPES))
+    dtype: str = setting("bfloat16", "published, without effect", one_of(*DTYPES))
     verbose: bool = setting(False, "published, without effect")
 
 

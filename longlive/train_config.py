@@ -11,7 +11,6 @@ from typing import Any
 
 from longlive.config import (
     DEVICE,
-    DTYPES,
     FRAME_NUMBERS,
     MULTIPLE_OF_16,
     POSITIVE,
@@ -80,8 +79,6 @@ class TrainAdapterSettings(AdapterSettings):
 
     type: str = setting("none", "lora = train LoRA weights; none = train all weights", one_of("lora", "none"))
     dropout: float = setting(0.0, "published; there is none", Rule("0", lambda value: value == 0))
-    dtype: str = setting("bfloat16", "published, without effect: masters are float32", one_of(*DTYPES))
-    verbose: bool = setting(False, "published, without effect")
     apply_to_critic: bool = setting(True, "the critic is trained by LoRA too; false = all of it")
 
 

@@ -65,14 +65,21 @@ def run(connection: Connection, config: ServeConfig, explicit: frozenset[str]) -
         engine = Engine(models, chosen, send)
         mime = Mp4Stream(chosen.fps, chosen.height, chosen.width, chosen.crf).mime
     except (InputError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
-            raise
-        send(Failed(str(error) if isinstance(error, InputError) else OUT_OF_MEMORY))
+        send(Failed(in_words(error, OUT_OF_MEMORY)))
         return
     block, factor = chosen.num_frame_per_block, models.vae.config.temporal_factor
     size = chosen.model_name, chosen.height, chosen.width, chosen.fps
     send(Ready(*size, block, factor, mime, picture_settings(chosen)))
     engine.serve(connection)
+
+
+def in_words(error: InputError | RuntimeError, out_of_memory: str) -> str:
+    """What to tell people of an error; raises it where it is a bug."""
+    if isinstance(error, InputError):
+        return str(error)
+    if not is_out_of_memory(error):
+        raise error
+    return out_of_memory
 
 
 def warm_up(models: Models, config: SessionConfig) -> None:
@@ -190,10 +197,9 @@ class Engine:
 
     def _break(self, name: str, epoch: int, error: InputError | RuntimeError) -> None:
         """End a session that cannot go on; what is no fault of its own, nor of too little memory, ends the engine."""
-        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
-            raise error
+        message = in_words(error, "out of memory")
         self._drop(name)
-        self._send(Broken(name, epoch, str(error) if isinstance(error, InputError) else "out of memory"))
+        self._send(Broken(name, epoch, message))
 
     def _deliver(self, live: Live, prompt: str, first_video_frame: int, chunks: list[Chunk]) -> None:
         """Encode and send a block, behind the back of the thread that computes."""

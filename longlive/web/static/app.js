@@ -69,7 +69,6 @@ const HANDLERS = {
   branches(message) {
     branches = new Map(message.branches.map((branch) => [branch.branch, branch]));
     if (message.selected !== selected) {
-      timeline.setPlayhead(null);
       switchClock.select(message.selected);
       if (!isSayingError()) say("");
     }

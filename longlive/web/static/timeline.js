@@ -59,11 +59,11 @@ export class Timeline {
     this.#addThumbnails();
   }
 
-  /** What is being watched, in video frames; null for nothing. */
+  /** What is being watched, in video frames. */
   setPlayhead(videoFrame) {
-    this.#playhead.hidden = videoFrame === null;
-    this.#playheadX = videoFrame === null ? null : (videoFrame / this.#timing.fps) * PX_PER_SECOND;
-    if (videoFrame === null || !this.#branch) return;
+    if (!this.#branch) return;
+    this.#playhead.hidden = false;
+    this.#playheadX = (videoFrame / this.#timing.fps) * PX_PER_SECOND;
     this.#playhead.style.transform = `translateX(${this.#playheadX}px)`;
     if (this.#moment !== null) return;
     if (this.#follows) this.#follow(this.#playheadX);
