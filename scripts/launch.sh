@@ -34,7 +34,13 @@ fi
 if ((num_nodes > 1)); then
     export MASTER_PORT="${MASTER_PORT:-29500}"
 else
-    free_port='import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+    free_port='
+import contextlib, random, socket
+for port in random.sample(range(20000, 32768), 100):  # below those that the system gives to others before it is used
+    with contextlib.suppress(OSError), socket.create_server(("", port)):
+        print(port)
+        break
+'
     export MASTER_ADDR=127.0.0.1 MASTER_PORT="${MASTER_PORT:-$("$python" -c "$free_port")}"
 fi
 export WORLD_SIZE=$((num_nodes * num_gpus)) LOCAL_WORLD_SIZE=$num_gpus
@@ -63,7 +69,8 @@ trap 'signal "$stop"' TERM HUP
 
 status=0
 is_running() { kill -0 "${pids[$1]}"; }
-pause() { sleep 0.1 || true; } # ends early at Ctrl-C
+exec {never}<> <(:) # nothing comes from it, nor its end
+pause() { read -rt 0.1 -u "$never" || true; } # no `sleep`: bash can lose a Ctrl-C, or hang, while it waits for a program
 look_back() { # at process $1, which has ended
     local code=0
     wait "${pids[$1]}" || code=$?

@@ -251,7 +251,7 @@ def read_to(process: "subprocess.Popen[bytes]", words: bytes) -> None:
 
 def finish(process: "subprocess.Popen[bytes]") -> tuple[int, str]:
     """The exit status and the rest of stderr, which a process that is left over would hold open."""
-    told = process.communicate(timeout=60)[1].decode()
+    told = process.communicate(timeout=240)[1].decode()
     return process.returncode, told
 
 
