@@ -306,6 +306,17 @@ def test_session_that_holds_too_much_is_full() -> None:
     assert (session.state, desk.num_started) == ("rebuilding", 2)
 
 
+def test_a_branch_without_a_prompt_is_idle() -> None:
+    """Whatever was being rebuilt when it was selected."""
+    session = LiveSession(Desk(16), "mp4", 0, None, None)
+    session.attach(Viewer())
+    session.obey(Message("restart", {"seed": 1}, None))
+    session.obey(Message("prompt", {"text": "A"}, None))
+    assert (session.state, session.idle_s(math.inf)) == ("rebuilding", 0.0)
+    session.obey(Message("select", {"branch": 0}, None))
+    assert (session.state, session.idle_s(math.inf)) == ("ready", math.inf)
+
+
 def take_place(hall: Hall) -> tuple[LiveSession, Viewer]:
     viewer = Viewer()
     return hall.open(Message("open", {}, None), viewer), viewer

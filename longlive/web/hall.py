@@ -153,8 +153,7 @@ class Hall:
         while self._queue and self._num_free() > 0:
             session = self._queue.pop(0)
             session.place = "active"
-            if self.engine_state == "ready":
-                session.begin()
+            session.begin()
         for session in self._queue:
             session.announce()
 
@@ -182,10 +181,8 @@ class Hall:
                 if session.keeps_crashing:
                     log.error("a session is given up: the engine dies of it")
                     self.end(session, CLOSE_FORGOTTEN)
-            elif session.place == "active":
-                session.begin()
             else:
-                session.announce()
+                session.begin()
 
     async def _tidy(self) -> None:
         period_s = min(_TIDY_S, self.config.idle_s / 4, self.config.forget_s / 4)

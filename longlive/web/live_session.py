@@ -100,10 +100,10 @@ class LiveSession:
         self.last_active = time.monotonic()
         viewer.send({"type": "session", "session": self.key, "format": self.format})
         self._send_branches()
-        if self.place == "active":
-            self.begin()
-        elif self.place == "none":
+        if self.place == "none":
             self._hall.request_place(self)
+        else:
+            self.begin()
         self.announce()
 
     def detach(self) -> None:
@@ -112,15 +112,14 @@ class LiveSession:
         self.last_seen = time.monotonic()
 
     def begin(self) -> None:
-        """Have the engine take up the selected branch where it ends, in a new epoch. The session has a place."""
+        """Have the engine take up the selected branch where it ends, in a new epoch, if all is there that it takes."""
         branch = self.branch
-        self._is_started = branch.prompt is not None
-        if branch.prompt is None or self._is_full():
-            self._is_started = False
+        self._is_started = self._is_rebuilding = False
+        if self.place != "active" or self._hall.engine_state != "ready" or branch.prompt is None or self._is_full():
             self.announce()
             return
         self._epoch += 1
-        self._is_rebuilding = True
+        self._is_started = self._is_rebuilding = True
         self.last_active = time.monotonic()
         self._granted_frames, self._played = branch.num_frames, branch.num_video_frames
         if self.viewer is not None:
@@ -323,7 +322,7 @@ class LiveSession:
         if self._is_started:
             self._send(SetPrompt(self.key, self._epoch, text))
         else:
-            self._begin_if_possible()
+            self.begin()
 
     def _rewind(self, number: int, frame: int, prompt: str | None) -> None:
         branch = self.find_branch(number)
@@ -355,7 +354,7 @@ class LiveSession:
         self._is_paused = False
         self._prompt_time = time.monotonic()
         self._send_branches()
-        self._begin_if_possible()
+        self.begin()
 
     def _delete(self, branch: Branch) -> None:
         if branch.number == self._selected:
@@ -365,10 +364,6 @@ class LiveSession:
         self.num_bytes = sum(block.num_bytes for block in blocks.values())
         self._send_branches()
         if not self._is_started:  # it may have been full
-            self._begin_if_possible()
-
-    def _begin_if_possible(self) -> None:
-        if self.place == "active" and self._hall.engine_state == "ready":
             self.begin()
 
     def _send_branches(self) -> None:
