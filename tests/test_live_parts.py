@@ -16,6 +16,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from starlette.websockets import WebSocket
 
 from longlive.data.clips import read_clip
 from longlive.errors import InputError
@@ -26,7 +27,7 @@ from longlive.web.live_session import LiveSession
 from longlive.web.messages import Grant, Latents, Made, Picture, Ready, Rebuilt, Start, ToEngine
 from longlive.web.protocol import Message, ProtocolError, Throttle, parse
 from longlive.web.serve_config import ServeConfig
-from longlive.web.server import Conversation
+from longlive.web.server import Conversation, Web
 from longlive.web.spool import Spool
 from longlive.web.stream import Mp4Stream, one_file
 from longlive.web.uploads import Uploads, decode
@@ -355,6 +356,24 @@ def test_nothing_is_heard_after_the_end() -> None:
     assert conversation.session is not None
     assert conversation.session.place == "none"
     assert hall.health()["sessions"] == hall.health()["active"] == 0
+
+
+def test_who_waits_for_the_models_is_told_again_until_it_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longlive.web.server._LOADING_TOLD_S", 0.0)
+    hall, told = Hall(ServeConfig(), frozenset(), print), list[Any]()
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    async def send(event: Any) -> None:
+        if len(told) == 4:
+            raise OSError("the viewer has gone")
+        told.append(event)
+
+    asyncio.run(Web(hall).session(WebSocket({"type": "websocket"}, receive, send)))
+    assert told[0]["type"] == "websocket.accept"
+    assert [json.loads(event["text"]) for event in told[1:]] == 3 * [{"type": "state", "state": "loading"}]
+    assert hall.health()["sessions"] == 0
 
 
 def picture_file(format: str, size: tuple[int, int] = (90, 40), **options: Any) -> bytes:

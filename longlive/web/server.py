@@ -43,6 +43,7 @@ _LIMITS = (
     "max_session_mb",
 )
 _CLOSING_S = 2.0
+_LOADING_TOLD_S = 20.0
 _NO_PAGE = "<!doctype html><title>LongLive</title><p>The server runs; its page is not installed."
 
 
@@ -163,11 +164,10 @@ class Web:
     async def session(self, websocket: WebSocket) -> None:
         """One viewer, from the handshake to the end of the connection."""
         await websocket.accept()
+        if not await self._outlasts_loading(websocket):
+            return
         viewer = Viewer()
         conversation = Conversation(self._hall, viewer)
-        if not self._hall.ready.is_set():
-            await websocket.send_json({"type": "state", "state": "loading"})
-            await self._hall.ready.wait()
         viewer.send(self._hello())
         tasks = {asyncio.create_task(_read(websocket, conversation)), asyncio.create_task(_write(websocket, viewer))}
         try:
@@ -179,6 +179,17 @@ class Web:
             await asyncio.gather(*tasks, return_exceptions=True)
         for task in done:
             task.result()
+
+    async def _outlasts_loading(self, websocket: WebSocket) -> bool:
+        """Wait for the models; whether the viewer is still there. It is told again and again, as to many a viewer a
+        server that is silent for long is dead."""
+        with suppress(WebSocketDisconnect):
+            while not self._hall.ready.is_set():
+                await websocket.send_json({"type": "state", "state": "loading"})
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._hall.ready.wait(), _LOADING_TOLD_S)
+            return True
+        return False
 
     def _branch(self, request: Request) -> Branch:
         return self._hall.find(request.path_params["key"]).find_branch(_number(request, "branch"))
