@@ -224,6 +224,7 @@ def make_flow_matching(
         "config": FlowMatchingConfig(
             config.model_kwargs.timestep_shift,
             config.prompt_dropout,
+            config.hint_share,
             Pictures(config.picture_share, config.clip_frames),
         ),
         "clock": clock,

@@ -145,6 +145,12 @@ class TrainConfig(Section):
     )
     negative_prompt: str = setting("", "what guidance leads away from")
     prompt_dropout: float = setting(0.1, "causal_init, pretrain: share of clips without prompt", between(0, 1))
+    hint_share: float = setting(
+        0.0,
+        "pretrain: share of the clips in which one frame has less noise than the others: from there the prompt tells "
+        "where the rest must be",
+        between(0, 1),
+    )
     picture_share: float = setting(
         0.0, "vae, pretrain: share of the steps that are on pictures, the first frames of more clips", between(0, 1)
     )
@@ -269,6 +275,8 @@ class TrainConfig(Section):
                 )
         if self.picture_share and self.stage not in ("vae", "pretrain"):
             raise InputError(f"picture_share={self.picture_share}: not available with stage={self.stage}")
+        if self.hint_share and self.stage != "pretrain":
+            raise InputError(f"hint_share={self.hint_share}: not available with stage={self.stage}")
         if self.vis_interval and self.stage not in CAUSAL:
             raise InputError(f"vis_interval: not available with stage={self.stage}")
         if self.has_lora and self.stage == "vae":

@@ -342,6 +342,37 @@ def test_pictures_are_the_first_frames_of_more_clips(tmp_path: Path) -> None:
     assert met == {2, 6}
 
 
+def test_hints_are_single_frames_with_less_noise(tmp_path: Path) -> None:
+    write(tmp_path, teacher_make())
+    clips = LatentClips(tmp_path / "clips.jsonl")
+    generator = Seen(TINY_DIT)
+    generator.load_state_dict(tiny_dit(seed=3).state_dict())
+    encode_prompts, order = tiny_models().encode_prompts, Order(len(clips), seed=0)
+    plain, hinted = (
+        Pretrain(generator, clips, order, encode_prompts, "", FlowMatchingConfig(hint_share=share), Clock(CPU))
+        for share in (0.0, 0.5)
+    )
+    numbers_of_hints, hint_frames = set(), set()
+    for step in range(12):
+        plain.loss("generator", draw(step))
+        _, levels = generator.noted
+        hinted.loss("generator", draw(step))
+        latents, timesteps = generator.noted
+        assert levels.shape == (2, 1)
+        assert timesteps.shape == (2, 3)
+        is_hint = timesteps != levels
+        assert (timesteps[is_hint] < levels.expand(2, 3)[is_hint]).all()
+        assert (timesteps[is_hint] < 500).all()
+        numbers_of_hints |= set(is_hint.sum(1).tolist())
+        hint_frames |= set(is_hint.nonzero()[:, 1].tolist())
+        batch = clips.batch([order[sample] for sample in draw(step).samples])
+        noise = draw(step).of("noise").normal(*latents.shape[1:])
+        expected = add_noise(batch.latents, noise, timesteps[..., None, None, None] / 1000)
+        torch.testing.assert_close(latents, expected)
+    assert numbers_of_hints == {0, 1}
+    assert hint_frames == {0, 1, 2}
+
+
 def test_causal_init_learns_from_trajectories(tmp_path: Path) -> None:
     write(tmp_path, teacher_make())
     clips = LatentClips(tmp_path / "clips.jsonl")

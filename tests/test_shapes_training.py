@@ -179,6 +179,7 @@ def test_every_ablation_has_its_settings() -> None:
         ("causal_init", ("worn_past=true", "model_kwargs.sink_size=0"), "worn_past=true: needs stage=causal_init, a"),
         ("causal_init", ("worn_past=true", "model_kwargs.sink_size=2"), "worn_past or switch_share, at least 9"),
         ("train_init", ("switch_share=0.5",), "switch_share=0.5: needs stage=causal_init and a world"),
+        ("causal_init", ("hint_share=0.5",), "hint_share=0.5: not available with stage=causal_init"),
         ("teacher", (RELATIVE,), "use_infinite_attention=true: not available with stage=pretrain"),
         (
             "train_init",

@@ -1,6 +1,7 @@
 """Training by flow matching on clips: of a bidirectional model from nothing, and of a causal one to begin with.
 
-`Pretrain` is the plain objective of Wan (arXiv 2503.20314): predict v = noise - x0 at a random noise level.
+`Pretrain` is the plain objective of Wan (arXiv 2503.20314): predict v = noise - x0 at a random noise level; on a share
+of the clips with one frame at less noise than the others, as in Diffusion Forcing (arXiv 2407.01392).
 `CausalInit` makes a causal model of a bidirectional one: the same by teacher forcing, every block at its own noise
 level given the clean frames before it; or, with clips that hold a teacher's ODE trajectories, by regression of their
 end from the states at the few denoising steps (CausVid, arXiv 2412.07772). B: samples of this process.
@@ -25,10 +26,12 @@ from longlive.training.stage import Loss, Stage
 @dataclass(frozen=True)
 class FlowMatchingConfig:
     """shift: warp of the random timesteps; prompt_dropout: how often a clip is seen without its prompt, which guidance
-    needs; pictures: more prompts are seen in a step on them, which is what following prompts is learnt from."""
+    needs; hint_share: of the clips, see `Pretrain`; pictures: more prompts are seen in a step on them, which is what
+    following prompts is learnt from."""
 
     shift: float = 5.0
     prompt_dropout: float = 0.1
+    hint_share: float = 0.0
     pictures: Pictures = field(default_factory=Pictures)
 
 
@@ -88,14 +91,29 @@ class FlowMatching(Stage):
 
 
 class Pretrain(FlowMatching):
-    """A bidirectional model: one noise level for all frames of a clip."""
+    """A bidirectional model: one noise level for all frames of a clip, but for a frame that is a hint.
+
+    Under much noise, a prompt that says how things move helps little as long as nobody can tell where they are. So in
+    a share of the clips one frame lies at a noise level from 0 to 0.5: from there the prompt tells where to look in
+    the others.
+    """
 
     def _loss(self, clips: ClipBatch, text: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
         x0 = clips.latents
         timesteps, sigma = self._timesteps(draw.of("timestep"), 1)
+        if self.config.hint_share and x0.shape[1] > 1:
+            timesteps, sigma = self._with_hints(timesteps, sigma, x0.shape[1], draw.of("hint"))
         noise = draw.of("noise").normal(*x0.shape[1:])
         flow = self.generator(add_noise(x0, noise, sigma[..., None, None, None]), timesteps, text)
         return (flow.float() - (noise - x0)).square().mean(), timesteps
+
+    def _with_hints(self, timesteps: Tensor, sigma: Tensor, num_frames: int, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Timesteps and noise levels of every frame [B, F] from those of clips [B, 1]."""
+        is_frame = draw.of("frame").integers(num_frames, 1) == torch.arange(num_frames, device=draw.device)
+        is_there = draw.of("is there").uniform(1) < self.config.hint_share
+        level = 0.5 * draw.of("level").uniform(1)
+        is_hint = is_frame & is_there & (level < sigma)
+        return torch.where(is_hint, 1000 * level, timesteps), torch.where(is_hint, level, sigma)
 
 
 class CausalInit(FlowMatching):
