@@ -222,10 +222,10 @@ def make_flow_matching(
         "encode_prompts": encode_prompts,
         "negative_prompt": config.negative_prompt,
         "config": FlowMatchingConfig(
-            config.model_kwargs.timestep_shift,
-            config.prompt_dropout,
-            config.hint_share,
-            Pictures(config.picture_share, config.clip_frames),
+            shift=config.model_kwargs.timestep_shift,
+            prompt_dropout=config.prompt_dropout,
+            hint_share=config.hint_share,
+            pictures=Pictures(config.picture_share, config.clip_frames),
         ),
         "clock": clock,
     }

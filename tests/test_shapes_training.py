@@ -76,6 +76,17 @@ def test_a_finished_stage_is_not_trained_again(runs: Path) -> None:
     assert (vae / "metrics.jsonl").read_bytes() == before
 
 
+def test_hints_reach_the_teacher(runs: Path, tmp_path: Path) -> None:
+    """With them the mean timestep of a step is lower; without, it is that of the clip."""
+    settings = (f"vae_ckpt={runs}/vae/vae.safetensors", "picture_share=0")
+    for share in (0, 1):
+        assert train("teacher", tmp_path / str(share), *settings, f"hint_share={share}") == 0
+    plain, hinted = (
+        [row["generator/timestep"] for row in read_metrics(tmp_path / str(share) / "teacher")] for share in (0, 1)
+    )
+    assert all(less < common for less, common in zip(hinted, plain, strict=True))
+
+
 PLAIN_PAST = ("worn_past=false", "switch_share=0")
 RELATIVE = "model_kwargs.use_infinite_attention=true"
 

@@ -1,7 +1,8 @@
 """Training by flow matching on clips: of a bidirectional model from nothing, and of a causal one to begin with.
 
-`Pretrain` is the plain objective of Wan (arXiv 2503.20314): predict v = noise - x0 at a random noise level; on a share
-of the clips with one frame at less noise than the others, as in Diffusion Forcing (arXiv 2407.01392).
+`Pretrain` is the plain objective of Wan (arXiv 2503.20314): predict v = noise - x0 at a random noise level; in a share
+of the clips one frame has less noise than the others (in Diffusion Forcing, arXiv 2407.01392, each has a level of its
+own).
 `CausalInit` makes a causal model of a bidirectional one: the same by teacher forcing, every block at its own noise
 level given the clean frames before it; or, with clips that hold a teacher's ODE trajectories, by regression of their
 end from the states at the few denoising steps (CausVid, arXiv 2412.07772). B: samples of this process.
