@@ -279,6 +279,14 @@ class Seen(WanDiT):
         return super().forward(latents, timesteps, *args, **kwargs)  # type: ignore[arg-type]
 
 
+def noted_training(folder: Path) -> tuple[LatentClips, Seen]:
+    """Clips of the teacher's in `folder`, and a model to train on them."""
+    write(folder, teacher_make())
+    generator = Seen(TINY_DIT)
+    generator.load_state_dict(tiny_dit(seed=3).state_dict())
+    return LatentClips(folder / "clips.jsonl"), generator
+
+
 def causal_init(generator: WanDiT, clips: LatentClips, encode_prompts: Callable[[Sequence[str]], Tensor]) -> CausalInit:
     generator.requires_grad_(True)
     return CausalInit(
@@ -314,10 +322,7 @@ def losses(stage: CausalInit, num_steps: int) -> list[float]:
 
 
 def test_pictures_are_the_first_frames_of_more_clips(tmp_path: Path) -> None:
-    write(tmp_path, teacher_make())
-    clips = LatentClips(tmp_path / "clips.jsonl")
-    generator = Seen(TINY_DIT)
-    generator.load_state_dict(tiny_dit(seed=3).state_dict())
+    clips, generator = noted_training(tmp_path)
     encode_prompts, order = tiny_models().encode_prompts, Order(len(clips), seed=0)
     config = FlowMatchingConfig(prompt_dropout=0.5, pictures=Pictures(0.5, per_clip=3))
     stage = Pretrain(generator, clips, order, encode_prompts, "nothing", config, Clock(CPU))
@@ -343,16 +348,10 @@ def test_pictures_are_the_first_frames_of_more_clips(tmp_path: Path) -> None:
 
 
 def test_hints_are_single_frames_with_less_noise(tmp_path: Path) -> None:
-    write(tmp_path, teacher_make())
-    clips = LatentClips(tmp_path / "clips.jsonl")
-    generator = Seen(TINY_DIT)
-    generator.load_state_dict(tiny_dit(seed=3).state_dict())
+    clips, generator = noted_training(tmp_path)
     encode_prompts, order = tiny_models().encode_prompts, Order(len(clips), seed=0)
-    pictures = Pictures(0.3, per_clip=3)
-    plain, hinted = (
-        Pretrain(generator, clips, order, encode_prompts, "", FlowMatchingConfig(5.0, 0.0, share, pictures), Clock(CPU))
-        for share in (0.0, 0.75)
-    )
+    configs = (FlowMatchingConfig(hint_share=share, pictures=Pictures(0.3, per_clip=3)) for share in (0.0, 0.75))
+    plain, hinted = (Pretrain(generator, clips, order, encode_prompts, "", config, Clock(CPU)) for config in configs)
     levels, hint_frames, num_clips = [], set(), 0
     for step in range(40):
         plain.loss("generator", draw(step))
@@ -382,11 +381,8 @@ def test_hints_are_single_frames_with_less_noise(tmp_path: Path) -> None:
 
 
 def test_causal_init_learns_from_trajectories(tmp_path: Path) -> None:
-    write(tmp_path, teacher_make())
-    clips = LatentClips(tmp_path / "clips.jsonl")
+    clips, generator = noted_training(tmp_path)
     assert (clips.shape, clips.num_steps) == ((3, 4, 4, 4), 4)
-    generator = Seen(TINY_DIT)
-    generator.load_state_dict(tiny_dit(seed=3).state_dict())
     stage = causal_init(generator, clips, tiny_models().encode_prompts)
     met = set()
     for step in range(4):

@@ -211,12 +211,11 @@ def test_a_past_that_is_off_is_seen_and_not_learnt(tmp_path: Path) -> None:
         loss = stage.loss("generator", draw_at(0)).value
         (item,) = (stage.order[sample] for sample in draw_at(0).samples)
         x0, noise = clips.latents[[item]], draw_at(0).of("noise").normal(*clips.latents.shape[1:])
-        timesteps, sigma = stage._timesteps(draw_at(0).of("timestep"), x0.shape[1] // 2)
-        sigma = sigma.repeat_interleave(2, dim=1)[..., None, None, None]
-        noisy, text = add_noise(x0, noise, sigma), stage.encode_prompts([clips.prompts[item]])
+        sigma = stage._noise_levels(draw_at(0).of("timestep"), x0.shape[1] // 2).repeat_interleave(2, dim=1)
+        noisy, text = add_noise(x0, noise, sigma[..., None, None, None]), stage.encode_prompts([clips.prompts[item]])
         if draw_at(0).of("dropout").uniform(1, 1) < stage.config.prompt_dropout:
             text = stage.negative
-        flow = stage.generator(noisy, past[[item]], timesteps.repeat_interleave(2, dim=1), text)
+        flow = stage.generator(noisy, past[[item]], 1000 * sigma, text)
         first = torch.full((len(PROMPTS),), 2)
         stage.clips = LatentPool(clips.prompts, clips.latents, past, first)
         later = stage.loss("generator", draw_at(0)).value

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longlive.data.clips import ClipBatch, LatentSource
 from longlive.data.order import Order
-from longlive.flow import FlowSchedule, add_noise, flow_to_x0
+from longlive.flow import NUM_TRAIN_TIMESTEPS, FlowSchedule, add_noise, flow_to_x0
 from longlive.rollout import Sampler
 from longlive.training.clock import Clock
 from longlive.training.draw import Draw, Pictures
@@ -85,10 +85,9 @@ class FlowMatching(Stage):
             loss, timesteps = self._loss(clips, text, draw)
         return Loss(loss, {"timestep": timesteps.mean()}, clips.latents.shape[0] * clips.latents.shape[1])
 
-    def _timesteps(self, draw: Draw, num: int) -> tuple[Tensor, Tensor]:
-        """Random timesteps [B, num] and their noise levels, uniform before the warp."""
-        index = draw.integers(len(self.schedule.sigmas), num)
-        return self.schedule.timesteps[index], self.schedule.sigmas[index]
+    def _noise_levels(self, draw: Draw, num: int) -> Tensor:
+        """Random noise levels [B, num], uniform before the warp."""
+        return self.schedule.sigmas[draw.integers(len(self.schedule.sigmas), num)]
 
 
 class Pretrain(FlowMatching):
@@ -101,20 +100,20 @@ class Pretrain(FlowMatching):
 
     def _loss(self, clips: ClipBatch, text: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
         x0 = clips.latents
-        timesteps, sigma = self._timesteps(draw.of("timestep"), 1)
+        sigma = self._noise_levels(draw.of("timestep"), 1)
         if self.config.hint_share and x0.shape[1] > 1:
-            timesteps, sigma = self._with_hints(timesteps, sigma, x0.shape[1], draw.of("hint"))
+            sigma = self._with_hints(sigma, x0.shape[1], draw.of("hint"))
+        timesteps = NUM_TRAIN_TIMESTEPS * sigma
         noise = draw.of("noise").normal(*x0.shape[1:])
         flow = self.generator(add_noise(x0, noise, sigma[..., None, None, None]), timesteps, text)
         return (flow.float() - (noise - x0)).square().mean(), timesteps
 
-    def _with_hints(self, timesteps: Tensor, sigma: Tensor, num_frames: int, draw: Draw) -> tuple[Tensor, Tensor]:
-        """Timesteps and noise levels of every frame [B, F] from those of clips [B, 1]."""
+    def _with_hints(self, sigma: Tensor, num_frames: int, draw: Draw) -> Tensor:
+        """Noise levels of every frame [B, F] from those of clips [B, 1]."""
         is_frame = draw.of("frame").integers(num_frames, 1) == torch.arange(num_frames, device=draw.device)
         is_there = draw.of("is there").uniform(1) < self.config.hint_share
         level = 0.5 * draw.of("level").uniform(1)
-        is_hint = is_frame & is_there & (level < sigma)
-        return torch.where(is_hint, 1000 * level, timesteps), torch.where(is_hint, level, sigma)
+        return torch.where(is_frame & is_there, level.minimum(sigma), sigma)
 
 
 class CausalInit(FlowMatching):
@@ -141,8 +140,9 @@ class CausalInit(FlowMatching):
         x0, trajectory, block = clips.latents, clips.trajectory, self.sampler.config.frames_per_block
         past = x0 if clips.past is None else clips.past
         if trajectory is None:
-            timesteps, sigma = self._timesteps(draw.of("timestep"), x0.shape[1] // block)
-            sigma = sigma.repeat_interleave(block, dim=1)[..., None, None, None]
+            levels = self._noise_levels(draw.of("timestep"), x0.shape[1] // block)
+            timesteps = NUM_TRAIN_TIMESTEPS * levels
+            sigma = levels.repeat_interleave(block, dim=1)[..., None, None, None]
             noise = draw.of("noise").normal(*x0.shape[1:])
             flow = self._flow(add_noise(x0, noise, sigma), past, timesteps, text)
             return mean_square(flow.float() - (noise - x0), clips.learnt_from), timesteps
